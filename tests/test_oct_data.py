@@ -1,0 +1,246 @@
+"Every fault of the recorded OCT data pipeline, planted in a drawn tree: the cohort and the volumes must catch it."
+import io, os, re, shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pydicom
+import pytest
+import torch
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+from torch.nn import functional as F
+
+from cvslab.core import Ledger
+from cvslab.demo import draw_oct
+from cvslab.storage import Store
+from cvslab.volumes import (FOLDER, RECORDED_CHOICE, RECORDED_PREPROCESS, Choice, CohortError, Preprocess, Volume, VolumeError, VolumeSet, read_cohort,
+                            read_volume, stream)
+
+PREP = Preprocess((16, 64, 64))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory): return draw_oct(tmp_path_factory.mktemp("oct")/"drawn", scale=0.02, broken=False)
+
+
+@pytest.fixture
+def tree(drawn, tmp_path, monkeypatch):
+    "A copy to plant a fault in (files are links: replace them, never write into them), and an empty cache."
+    monkeypatch.setenv("CVSLAB_CACHE", str(tmp_path/"cache"))
+    return Path(shutil.copytree(drawn, tmp_path/"tree", copy_function=os.link))
+
+
+def edit(tree, name, change):
+    "Rewrite a table by `change(DataFrame) -> DataFrame`."
+    table = change(pd.read_csv(tree/name, sep="\t", dtype=str, keep_default_na=False))
+    (tree/name).unlink()
+    table.to_csv(tree/name, sep="\t", index=False)
+
+
+def replace(path, data: bytes):
+    path.unlink()
+    path.write_bytes(data)
+
+
+def total(cohort, by="all"): return cohort.counts[cohort.counts["by"] == by].set_index("value")[["expected", "found"]].to_dict("index")
+
+
+def test_a_whole_tree_is_found_whole(tree):
+    cohort = read_cohort(Store(tree))
+    people = pd.read_csv(tree/"participants.tsv", sep="\t", dtype=str)
+    with_oct = people[people["retinal_oct"] == "TRUE"]
+    assert sorted(cohort.table["participant"]) == sorted(with_oct["participant_id"]) and len(people) > len(with_oct)
+    assert total(cohort)["all"] == dict(expected=len(with_oct), found=len(with_oct)) and len(cohort.lost) == 0
+    for by, column in (("split", "recommended_split"), ("site", "clinical_site")):
+        assert {k: v["found"] for k, v in total(cohort, by).items()} == with_oct[column].value_counts().to_dict()
+    assert set(total(cohort, "device")) == {"heidelberg_spectralis", "topcon_maestro2", "topcon_triton", "zeiss_cirrus"}
+    assert cohort.card["demo"] and not cohort.table["protocol"].str.contains("rc").any() and set(cohort.table["eye"]) == {"R"}
+
+
+@pytest.mark.parametrize("schema", ["v1", "v3"])
+def test_other_schemas_give_the_same_cohort(tree, tmp_path, schema):
+    here, there = read_cohort(Store(tree)), read_cohort(Store(draw_oct(tmp_path/schema, scale=0.02, schema=schema, broken=False)))
+    assert there.card["schema"] == schema != here.card["schema"] == "v2"
+    columns = ["participant", "site", "label", "age", "split", "device", "eye", "frames"]
+    assert here.table[columns].equals(there.table[columns])
+
+
+def test_the_recorded_id_pattern_cannot_pass(tree):
+    "Only UW numbers are found, as with the pattern 1xxx."
+    for path in (tree/FOLDER).glob("*/[47]*/*.dcm"): path.unlink()
+    with pytest.raises(CohortError) as caught: read_cohort(Store(tree), max_lost=0.99)
+    assert "UCSD 0 of" in str(caught.value) and "train UAB" in str(caught.value) and "absent or empty in the store" in str(caught.value)
+    cohort = caught.value.cohort
+    assert set(cohort.lost["participant"].str[0]) == {"4", "7"} and set(cohort.table["participant"].str[0]) == {"1"}
+    assert len(cohort.lost) + len(cohort.table) == cohort.card["expected"]
+
+
+def test_lost_participants_are_named_and_stop_past_the_share(tree):
+    train = read_cohort(Store(tree)).table.query("split == 'train' and label == 0")["participant"].tolist()
+    edit(tree, "retinal_oct/manifest.tsv", lambda t: t[~t["participant_id"].isin(train[:2])])
+    cohort = read_cohort(Store(tree), max_lost=0.07)
+    assert cohort.lost[["participant", "reason"]].values.tolist() == [[p, "not in the manifest"] for p in train[:2]]
+    with pytest.raises(CohortError, match=r"2 of \d+ participants are lost \(.*, allowed 5.0%\): 2 not in the manifest"): read_cohort(Store(tree))
+
+
+def test_a_class_that_vanishes_from_a_split_stops(tree):
+    cohort = read_cohort(Store(tree))
+    for p in cohort.table.query("split == 'val' and label == 3")["participant"]: shutil.rmtree(tree/FOLDER/"topcon_maestro2"/p)
+    with pytest.raises(CohortError, match="nobody is left in .*val insulin"): read_cohort(Store(tree), max_lost=0.5)
+
+
+def test_a_truncated_listing_stops(tree, monkeypatch):
+    whole = Store.list
+    monkeypatch.setattr(Store, "list", lambda self, prefix="": whole(self, prefix).head(100))
+    with pytest.raises(CohortError, match="absent or empty in the store"): read_cohort(Store(tree))
+
+
+def test_a_wrong_prefix_is_told_from_lost_files(tree):
+    (tree/FOLDER).rename(tree/"retinal_oct/oct")
+    with pytest.raises(ValueError, match="nothing under retinal_oct/structural_oct.*check the prefix"): read_cohort(Store(tree))
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: pd.concat([t, t[t["recommended_split"] == "train"].head(1).assign(recommended_split="val")]), "several splits, a leak"),
+    (lambda t: pd.concat([t, t.head(1)]), "repeats"),
+    (lambda t: t.drop(columns="clinical_site").replace({"participant_id": {"1001": "9001"}}), r"unknown range of participant numbers.*\['9'\]"),
+    (lambda t: t.assign(study_group=t["study_group"].replace("healthy", "Healthy")), r"unknown study_group \['Healthy'\]: choose from"),
+    (lambda t: t.assign(recommended_split="training"), "unknown split"),
+    (lambda t: t.drop(columns="study_group"), r"lacks columns \['study_group'\]"),
+    (lambda t: t.drop(columns="participant_id"), "needs exactly one of")])
+def test_tables_that_say_something_else(tree, change, words):
+    edit(tree, "participants.tsv", change)
+    with pytest.raises(ValueError, match=words): read_cohort(Store(tree))
+
+
+def test_the_choice_of_a_volume_is_kept_and_counts(tree):
+    recorded = read_cohort(Store(tree), RECORDED_CHOICE)
+    assert recorded.card["choice"]["tie"] == "last" and recorded.table["device"].nunique() > 1 and recorded.table["protocol"].nunique() > 2
+    assert (recorded.table["key"] == recorded.table["participant"].map(
+        pd.read_csv(tree/"retinal_oct/manifest.tsv", sep="\t", dtype=str).groupby("participant_id")["filepath"].max().str[1:])).all()
+    with pytest.raises(CohortError, match="no volume of zeiss_cirrus"): read_cohort(Store(tree), Choice(device="zeiss_cirrus"))
+    with pytest.raises(CohortError, match="radial scans only") as caught: read_cohort(Store(tree), Choice(device="heidelberg_spectralis", region="disc"))
+    assert len(caught.value.cohort.table) == 0
+    right, left = (read_cohort(Store(tree), Choice(eye=eye)).table for eye in "RL")
+    assert set(right["key"]).isdisjoint(left["key"]) and right["participant"].tolist() == left["participant"].tolist()
+
+
+# volumes
+
+def first(tree, device="topcon_maestro2"): return sorted((tree/FOLDER/device).rglob("*.dcm"))[0]
+
+
+def test_every_syntax_gives_the_tensor_of_its_pixels(tree):
+    seen = set()
+    for path in sorted(tree.rglob("*.dcm")):
+        ds = pydicom.dcmread(path)
+        if ds.file_meta.TransferSyntaxUID in seen or "Spectralis" in ds.ManufacturerModelName: continue
+        seen.add(ds.file_meta.TransferSyntaxUID)
+        with open(path, "rb") as f: x = PREP(read_volume(f, path.name))
+        whole = F.interpolate(torch.from_numpy(ds.pixel_array).float()[None, None], PREP.shape, mode="trilinear", align_corners=False)[0]
+        torch.testing.assert_close(x, (whole - whole.mean()) / whole.std(), rtol=2e-3, atol=2e-3)
+    assert len(seen) == 3
+
+
+def test_a_spectralis_is_turned_to_run_downward(tree):
+    path = next(p for p in sorted(tree.rglob("*.dcm")) if "ppol_mac" in p.name)
+    with open(path, "rb") as f: volume = read_volume(f, path.name)
+    assert volume.upward and volume.spacing == (0.128469, 0.003872, 0.01206)
+    torch.testing.assert_close(PREP(volume).flip(1), Preprocess(PREP.shape, orientation="stored")(volume), rtol=2e-3, atol=2e-3)
+
+
+def broken(data: bytes, kind: str) -> bytes:
+    ds, out = pydicom.dcmread(io.BytesIO(data)), io.BytesIO()
+    if kind.startswith("cut"): return data[:-len(ds.PixelData) // 2]
+    if kind == "empty": return b""
+    if kind == "no pixels": del ds.PixelData
+    if kind == "other syntax": ds.file_meta.TransferSyntaxUID = JPEGLSLossless
+    if kind == "relabelled": ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if kind in ("constant", "half"):
+        pixels = ds.pixel_array.copy()
+        pixels[: len(pixels) * 2 // 3 if kind == "half" else None] = 7
+        ds.file_meta.TransferSyntaxUID, ds.PixelData = ExplicitVRLittleEndian, pixels.tobytes()
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", False
+    if kind == "colour": ds.PhotometricInterpretation = "RGB"
+    if kind == "few": ds.NumberOfFrames = 2
+    ds.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+SYNTAX = {"cut raw": ExplicitVRLittleEndian, "cut rle": RLELossless, "cut jpeg2000": JPEG2000Lossless, "relabelled": JPEG2000Lossless,
+          "other syntax": JPEG2000Lossless}
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("cut raw", "bytes of pixel data is less"), ("cut rle", "frame|pixel"), ("cut jpeg2000", "frame|pixel"), ("empty", "Invalid"), ("no pixels", "holds no pixel data"), ("constant", "constant"), ("half", "B-scans have a single value"),
+    ("other syntax", "JPEG-LS.* cannot be decoded here, install"), ("relabelled", "pixel"), ("colour", "MONOCHROME2 is needed"), ("few", "tiny: 2x")])
+def test_a_broken_file_stands_in_the_ledger_with_its_reason(tree, kind, words):
+    cohort = read_cohort(Store(tree))
+    wanted = SYNTAX.get(kind, ExplicitVRLittleEndian)
+    key = next(k for k in cohort.table["key"] if pydicom.dcmread(tree/k, stop_before_pixels=True).file_meta.TransferSyntaxUID == wanted)
+    data, ledger = (tree/key).read_bytes(), Ledger(tree/"data_errors.csv", max_share=1 / len(cohort.table))
+    replace(tree/key, broken(data, kind) or b"x")
+    kept = [row.key for row, _, _ in stream(cohort.table, Store(tree), PREP, ledger)]
+    assert key not in kept and len(kept) == len(cohort.table) - 1
+    ledger.check(len(cohort.table))
+    said = pd.read_csv(tree/"data_errors.csv", dtype=str)
+    assert said["item"].tolist() == [key.split("/")[3]] and key in said["message"][0] and said["error"][0] == "VolumeError"
+    assert re.search(words, said["message"][0]), said["message"][0]
+    with pytest.raises(ValueError, match="could not be read"):
+        strict = Ledger(max_share=0.0)
+        list(stream(cohort.table, Store(tree), PREP, strict))
+        strict.check(len(cohort.table))
+
+
+def test_a_volume_under_two_participants_is_caught(tree):
+    cohort = read_cohort(Store(tree))
+    train, val = (cohort.table.query(f"split == '{s}'").iloc[0] for s in ("train", "val"))
+    replace(tree/val["key"], (tree/train["key"]).read_bytes())
+    ledger = Ledger(max_share=1)
+    kept = [row.participant for row, _, _ in stream(read_cohort(Store(tree)).table, Store(tree), PREP, ledger)]
+    pair = {train["participant"], val["participant"]}
+    assert set(ledger.table()["item"]) < pair and len(pair & set(kept)) == 1 and "duplicate of" in ledger.table()["message"][0]
+
+
+def test_the_drawn_faults_are_all_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("CVSLAB_CACHE", str(tmp_path/"cache"))
+    tree, ledger = draw_oct(tmp_path/"tree", scale=0.02, seed=1), Ledger(max_share=0.2)
+    cohort = read_cohort(Store(tree), max_lost=0.1)
+    assert cohort.lost["reason"].tolist() == ["listed in the manifest, absent or empty in the store"] * 2
+    list(stream(cohort.table, Store(tree), PREP, ledger))
+    messages = ledger.check(len(cohort.table))["message"]
+    assert len(messages) == 3 and messages.str.contains("constant").sum() == 1 and messages.str.contains("duplicate of").sum() == 1
+
+
+def test_the_recorded_quantile_gives_up_on_large_volumes():
+    rng = np.random.default_rng(0)
+    frames = lambda indices: rng.integers(0, 200, (len(indices), 260, 260)).astype(np.uint8)
+    small, large = Volume((60, 260, 260), frames), Volume((260, 260, 260), frames)
+    at_top = [float((Preprocess((8, 32, 32), "recorded", "stored")(v) == 1).float().mean()) for v in (small, large)]
+    assert at_top[0] == pytest.approx(0.01, abs=2e-3) and at_top[1] < 0.005
+    assert RECORDED_PREPROCESS.name != Preprocess().name
+
+
+def test_tensors_come_from_the_cache_the_second_time_and_from_anew_when_the_file_changes(tree):
+    store, prep = Store(tree), PREP
+    table = read_cohort(store).table.head(6)
+    cold = {row.participant: x for row, x, _ in stream(table, store, prep, Ledger(max_share=0))}
+    warm = {row.participant: (x, info) for row, x, info in stream(table, store, prep, Ledger(max_share=0))}
+    assert all(torch.equal(x, warm[p][0]) and warm[p][1]["seconds_decode"] == 0 for p, x in cold.items())
+    other = sorted((tree/FOLDER/"topcon_maestro2").glob("7*/*.dcm"))[-1].read_bytes()
+    replace(tree/table["key"][0], other)
+    fresh = read_cohort(store).table.head(6)
+    x = next(x for row, x, _ in stream(fresh, store, prep, Ledger(max_share=1)) if row.key == table["key"][0])
+    assert not torch.equal(x, cold[table["participant"][0]])
+    item = VolumeSet(fresh, store, prep)[0]
+    assert torch.equal(item["video"], x) and item["y"] == fresh["label"][0]
+
+
+def test_many_volumes_need_the_memory_of_a_few(tmp_path, monkeypatch):
+    monkeypatch.setenv("CVSLAB_CACHE", str(tmp_path/"cache"))
+    rng, process = np.random.default_rng(0), psutil.Process()
+    for i in range(30): np.save(tmp_path/f"{i}.npy", rng.random((12, 12, 12)))
+    table = pd.DataFrame([dict(participant=str(i), split="train", label=0, key=f"{i}.npy", etag=str(i)) for i in range(30)])
+    seen = [process.memory_info().rss for _ in stream(table, Store(tmp_path), Preprocess((64, 192, 192)), Ledger(max_share=0), keep=False)]
+    assert len(seen) == 30 and max(seen[10:]) - max(seen[:10]) < 5 * 64 * 192 * 192 * 4
