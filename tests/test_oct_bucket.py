@@ -57,9 +57,9 @@ def test_a_server_that_fails_cuts_and_pauses_gives_the_same_tensors(drawn, bucke
     monkeypatch.setenv("CVSLAB_CACHE", str(tmp_path/"local"))
     _, expected = tensors(Store(drawn))
     monkeypatch.setenv("CVSLAB_CACHE", str(tmp_path/"remote"))
-    with proxy(bucket, fail=0.2, cut=0.1, stall=0.05, pause=1.0, seed=5) as front:
+    with proxy(bucket, fail=0.2, cut=0.1, stall=0.05, pause=4, seed=5) as front:
         use(monkeypatch, front.endpoint)
-        _, got = tensors(Store("s3://eyes/ai-readi/dataset", timeout=0.8))
+        _, got = tensors(Store("s3://eyes/ai-readi/dataset", timeout=2))
         assert {"fail", "cut", "stall"} <= set(front.faults)
     assert got.keys() == expected.keys() and all(torch.equal(x, got[p]) for p, x in expected.items())
 

@@ -81,9 +81,9 @@ def test_a_listing_has_all_its_pages(server, store, monkeypatch):
 
 def test_failures_cuts_and_pauses_change_nothing(server, monkeypatch, tmp_path):
     monkeypatch.setenv("CVSLAB_CACHE", str(tmp_path))
-    with proxy(server[0], fail=0.2, cut=0.15, stall=0.1, pause=1.5, seed=3) as front:
+    with proxy(server[0], fail=0.2, cut=0.15, stall=0.1, pause=4, seed=3) as front:
         use(monkeypatch, front.endpoint)
-        store = Store("s3://eyes/data/v2", timeout=0.7)
+        store = Store("s3://eyes/data/v2", timeout=2)
         assert store.check("participants.tsv")["allowed"] and len(store.list()) == len(FILES)
         with ThreadPoolExecutor(8) as pool: assert dict(zip(FILES, pool.map(store.read, FILES))) == FILES
         assert {"fail", "cut", "stall"} <= set(front.faults)
