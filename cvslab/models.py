@@ -73,7 +73,7 @@ def _load(name, classes, prefix, **changes):
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _rotary(side: int, widths: tuple, rest: int, tokens: int, dtype, device):
+def _tables(side: int, widths: tuple, rest: int, tokens: int, dtype, device):
     "Cosine and sine (tokens, head width) of V-JEPA 2's rotary positions, rounded as transformers rounds them; 1 and 0 where nothing rotates."
     ids, angles = torch.arange(tokens, device=device), []
     for position, width in zip((ids // side**2, ids % side**2 // side, ids % side), widths):
@@ -83,6 +83,9 @@ def _rotary(side: int, widths: tuple, rest: int, tokens: int, dtype, device):
     angles.append(torch.zeros(tokens, rest, dtype=dtype, device=device))
     angles = torch.cat(angles, 1)
     return angles.cos(), angles.sin()
+
+@torch.compiler.assume_constant_result      # torch.compile takes the tables as they are
+def _rotary(*shape): return _tables(*shape)
 
 class RotaryAttention(VJEPA2RopeAttention):
     "V-JEPA 2's attention with its rotary tables made once, not in every layer and call, and applied to all three axes in one pass; the same bits."

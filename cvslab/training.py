@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEVICES', 'TRACKERS', 'CVS', 'Recipe', 'accelerator', 'Order', 'draws', 'param_groups', 'predict',
-           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed', 'fit',
-           'load_last', 'load_best', 'load_trained', 'Task', 'report', 'describe_protocol', 'result_table',
-           'difference_table', 'whole_run', 'ensemble', 'compare_with']
+           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed',
+           'largest_micro_batch', 'estimate', 'fit', 'load_last', 'load_best', 'load_trained', 'Task', 'report',
+           'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
 
 # %% ../nbs/lib/10_training.ipynb #9295e276
-import copy, inspect, math, re, signal, threading, time
+import copy, inspect, math, re, shutil, signal, threading, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,9 +24,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, find_executable_batch_size
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attention_proofs, encoder_of, has_anatomy, reads_mask
 from .core import Proof, Run, atomic, derive_seed, digest, main_process, rel, root, seed_all
@@ -72,6 +73,7 @@ class Recipe:
     device: str = "auto"
     workers: int = 0
     checkpointing: bool = False          # recompute activations in the backward pass: less memory, more time
+    compile: bool = False                # encoder layers through torch.compile while they train; without it, said aloud, where that fails
     tracker: str = "none"                # also tell tensorboard or wandb (project cvslab, group = experiment) each epoch
     seed: int = 0
 
@@ -126,7 +128,7 @@ def _loader(acc, dataset, sampler, size, workers):
     "Batches of `size` on the device; workers are spawned, as Windows and s3 clients need."
     spawned = dict(multiprocessing_context="spawn", persistent_workers=True) if workers else {}
     loader = DataLoader(dataset, size, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=acc.device.type == "cuda", **spawned)
-    return prepare_data_loader(loader, acc.device, acc.num_processes, acc.process_index, put_on_device=True)
+    return prepare_data_loader(loader, acc.device, acc.num_processes, acc.process_index, put_on_device=True, non_blocking=True)
 
 def param_groups(model, recipe: Recipe) -> list[dict]:
     "Trainable parameters as AdamW takes them: one entry a group, or a group and encoder layer where `layer_decay` tells the layers apart."
@@ -139,6 +141,10 @@ def param_groups(model, recipe: Recipe) -> list[dict]:
     return [dict(params=params, name=group, lr=recipe.lr.get(group, 0) * recipe.layer_decay**(0 if layer is None else top - layer))
             for (group, layer), params in found.items()]
 
+def _optimizer(acc, model, recipe, **change):
+    "AdamW on the trainable parameters, a kernel for all of a step where the device has one."
+    return torch.optim.AdamW(param_groups(model, recipe), weight_decay=recipe.weight_decay, fused=acc.device.type in ("cpu", "cuda"), **change)
+
 def _rate(warmup: float, total: int, floor: float, start: int, step: int) -> float:
     "Share of the peak rate at `step`: 0 before `start`, then a linear warm-up and a cosine that ends at `floor`."
     done, left = step - start, total - start
@@ -149,6 +155,15 @@ def _rate(warmup: float, total: int, floor: float, start: int, step: int) -> flo
 def _autocast(acc, recipe):
     dtype = DTYPES[recipe.precision]
     return torch.autocast(acc.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+def _backward(acc, model, batch, recipe, scaler):
+    "Forward and backward of a batch; returns its loss and outputs."
+    with recipe.context(acc.unwrap_model(model), batch):
+        with _autocast(acc, recipe):
+            outputs = model(batch["video"])
+            loss = sum(term.weight * term.fn(outputs, batch) for term in recipe.losses.values())
+        acc.backward(scaler.scale(loss))
+    return loss.detach(), outputs
 
 # %% ../nbs/lib/10_training.ipynb #91c5bc41
 @torch.no_grad()                         # XLA knows no inference mode
@@ -335,7 +350,10 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     if model.spec.get("lora"): rows.append(_lora_proof(model))
     if isinstance(model.spec.get("backbone"), dict): rows += _encoder_proofs(model, batch["video"].shape[1])
     if model.spec.get("attention") or model.spec.get("masked_tokens"): rows += _attention_proofs(model, train, recipe, device)
-    rows += _loss_proofs(model, batch, recipe, acc)
+    full = False
+    try: rows += _loss_proofs(model, batch, recipe, acc)
+    except torch.OutOfMemoryError: full = True                         # what failed is let go of before anything is tried
+    if full: raise MemoryError(f"{len(batch['y'])} clips at once do not fit in the memory of {device}: pass -p micro_batch {largest_micro_batch(model, train, recipe)}, which does")
     if recipe.checkpointing: rows.append(Proof("checkpointing", "activations recomputed", f"backbone says {model.backbone.is_gradient_checkpointing}", model.backbone.is_gradient_checkpointing))
     if recipe.transform is not None: rows.append(_transform_proof(batch, recipe))
     for i, view in enumerate(recipe.views):
@@ -458,11 +476,8 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
     for batch in loader:
         y = batch["y"]
         if recipe.transform is not None: batch = recipe.transform(batch)
-        with acc.accumulate(model), recipe.context(acc.unwrap_model(model), batch):
-            with _autocast(acc, recipe):
-                outputs = model(batch["video"])
-                loss = sum(term.weight * term.fn(outputs, batch) for term in recipe.losses.values())
-            acc.backward(scaler.scale(loss))
+        with acc.accumulate(model):
+            loss, outputs = _backward(acc, model, batch, recipe, scaler)
             if acc.sync_gradients:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
@@ -471,12 +486,107 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
                 schedule.step()
                 optimizer.zero_grad()
                 recipe.after_step(acc.unwrap_model(model), schedule.last_epoch / total_steps)
-        total += loss.detach()
+        total += loss
         steps += 1
         if recipe.train_scores == "running":
             for store, x in zip((ys, logits), acc.gather((y, outputs["logits"].detach().float()))): store.append(x)
     if not torch.isfinite(total): raise FloatingPointError(f"the loss is {total.item()} after an epoch of {steps} batches: lower the learning rates {recipe.lr}, or use precision fp32")
     return acc.reduce(total / steps, "mean").item(), ys, logits
+
+@contextmanager
+def _trial(model):
+    "A block that may train `model`: weights, buffers, gradients and random numbers are then as they were."
+    kept, mode = {n: t.detach().clone() for n, t in [*model.named_buffers(), *((n, p) for n, p in model.named_parameters() if p.requires_grad)]}, model.training
+    try:
+        with torch.random.fork_rng(): yield
+    finally:
+        model.load_state_dict(kept, strict=False)
+        model.zero_grad()
+        model.train(mode)
+
+def _steps(acc, model, train, recipe, n: int):
+    "Train for one step to warm up and for `n` more at a rate of 0; yields the seconds of reading and of all else, and the batch, of each of the `n`."
+    order = list(Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed))
+    size = recipe.micro_batch or recipe.batch_size // acc.num_processes
+    optimizer, scaler = _optimizer(acc, model.train().to(acc.device), recipe), torch.amp.GradScaler(acc.device.type, enabled=recipe.precision == "fp16")
+    for group in optimizer.param_groups: group.update(lr=0., weight_decay=0.)
+    for i in range(n + 1):
+        began = time.perf_counter()
+        batch = torch.utils.data.default_collate([train[j] for j in np.resize(order, (i + 1)*size)[-size:]])
+        read = time.perf_counter()
+        batch = {k: v.to(acc.device) for k, v in batch.items()}
+        loss, _ = _backward(acc, model, recipe.transform(batch) if recipe.transform else batch, recipe, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        loss.item()                                        # waits for the device
+        if i: yield read - began, time.perf_counter() - read, batch
+
+def largest_micro_batch(model, train: Dataset, recipe: Recipe) -> int:
+    "The most clips at once, a divisor of the batch, with which a training step fits into memory: tried from the whole batch down. `MemoryError` where not one does."
+    acc = accelerator(recipe)
+    sizes = [m for m in range(recipe.batch_size, 0, -1) if recipe.batch_size % (m*acc.num_processes) == 0]
+    smaller = iter(sizes[1:] + [0])
+    @find_executable_batch_size(starting_batch_size=sizes[0], reduce_batch_size_fn=lambda: next(smaller))
+    def tried(size):
+        with _trial(model): list(_steps(acc, model, train, replace(recipe, micro_batch=size), 1))
+        return size
+    try: return tried()
+    except RuntimeError as e:
+        if "reached zero" not in str(e): raise
+        raise MemoryError(f"not one clip of {tuple(train[0]['video'].shape)} fits in the memory of {acc.device}: pass -p checkpointing true, -p precision bf16, or fewer frames") from None
+
+def _span(seconds): return f"{seconds:.0f} s" if seconds < 90 else f"{seconds/60:.0f} min" if seconds < 5400 else f"{seconds/3600:.1f} h"
+
+def _memory(device):
+    "Bytes at the peak and in all, of the device where that can be asked, else of this process and machine."
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+    return psutil.Process().memory_info().rss, psutil.virtual_memory().total
+
+def estimate(model: VideoClassifier, datasets: dict[str, Dataset], recipe: Recipe, run: Run, steps: int = 3) -> pd.DataFrame:
+    """What the training will take at most: time, memory and disk, reckoned from `steps` measured steps; also in `estimate.json`. Nothing changes in `model`.
+
+    Raises `OSError` where the disk is too small for the checkpoints."""
+    acc, train, val = accelerator(recipe), datasets["train"], datasets["val"]
+    left = recipe.epochs - (len(run.load("history.csv")) if (run.dir/"history.csv").exists() else 0)
+    if acc.device.type == "cuda": torch.cuda.reset_peak_memory_stats(acc.device)
+    with _trial(model):
+        measured = list(_steps(acc, model, train, recipe, steps))
+        clips = len(measured[0][2]["y"])
+        began = time.perf_counter()
+        with torch.no_grad(), _autocast(acc, recipe): model.eval()(measured[0][2]["video"])["logits"].sum().item()
+        scoring = (time.perf_counter() - began) / clips * (1 + len(recipe.views))
+        learns = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    read, rest = (float(np.median(x)) for x in list(zip(*measured))[:2])
+    step = max(read / recipe.workers, rest) if recipe.workers else read + rest
+    batches, scored = len(Order(len(train), recipe.batch_size)) // clips // acc.num_processes, len(val) + min(len(val), len(train))*(recipe.train_scores == "clean")
+    seconds, (peak, there), files = left*(batches*step + scored*scoring), _memory(acc.device), 3 * 3*learns   # three checkpoints, each with both moments of Adam
+    free = shutil.disk_usage(root()).free
+    if files > free: raise OSError(f"checkpoints need {files/1e9:.1f} GB, and {free/1e9:.1f} GB are free in {rel(run.dir)}: make room, or train less of the model")
+    run.save("estimate.json", dict(seconds=seconds, peak_memory_gb=peak/2**30, disk_gb=files/1e9, seconds_a_step=step, seconds_a_clip_scored=scoring))
+    return pd.DataFrame([("time", _span(seconds), f"{left} epochs at most, each {batches} steps of {step:.2g} s and {scored} clips scored at {1000*scoring:.2g} ms"),
+                         ("memory", f"{peak/2**30:.1f} GB", f"{clips} clips at once; {there/2**30:.0f} GB in all"),
+                         ("disk", f"{files/1e6:.1f} MB", f"the last two epochs and the best; {free/1e9:.0f} GB free")], columns=["what", "takes", "of"]).set_index("what")
+
+def _compile(acc, model, train, recipe):
+    "A context in which the encoder's layers are those of torch.compile, equal ones compiled once; one that does nothing, with a note, where that fails."
+    layers = [m for m in model.backbone.modules() if isinstance(m, GradientCheckpointingLayer)] if recipe.compile else []
+    if layers and (model.spec.get("attention") or model.spec.get("masked_tokens")):
+        print("note: layers with another attention are not compiled: training goes on without torch.compile")
+        layers = []
+    made = [torch.compile(m.forward, dynamic=False, options=dict(fallback_random=True)) for m in layers]      # random numbers as without it
+    @contextmanager
+    def fast():
+        for m, forward in zip(layers, made): m.forward = forward
+        try: yield
+        finally:
+            for m in layers: vars(m).pop("forward", None)
+    try:
+        with _trial(model), fast(): list(_steps(acc, model, train, recipe, 1)) if layers else None
+    except Exception as e:
+        print(f"note: torch.compile fails here ({type(e).__name__}: {str(e).strip().splitlines()[0]}): training goes on without it")
+        layers.clear()
+    return fast
 
 def _train_scores(acc, model, train, recipe, ys, logits, size):
     if recipe.train_scores == "running": return recipe.score(torch.cat(ys).cpu().numpy(), torch.cat(logits).cpu().numpy())
@@ -509,7 +619,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     acc = accelerator(recipe)
     base, model = fingerprint(model), model.to(acc.device)
     groups = trainable(model)
-    optimizer = torch.optim.AdamW(param_groups(model, recipe), weight_decay=recipe.weight_decay)
+    optimizer = _optimizer(acc, model, recipe)
     order = Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed)
     steps = len(order) // recipe.batch_size
     rate = partial(_rate, round(recipe.warmup_epochs*steps), recipe.epochs*steps, recipe.floor)
@@ -527,7 +637,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         scaler.load_state_dict(state["scaler"])
         history, seconds = state["history"], state["seconds"]
         if len(history) < recipe.epochs: print(f"continuing {rel(run.dir)} after epoch {state['epoch']}")
-    live, tracker = _Live(recipe.epochs), _tracker(acc, recipe, run)
+    live, tracker, fast = _Live(recipe.epochs), _tracker(acc, recipe, run), _compile(acc, model, train, recipe)
     wrapped = acc.prepare(model)
     loader = _loader(acc, train, order, recipe.micro_batch or recipe.batch_size // acc.num_processes, recipe.workers)
     while len(history) < recipe.epochs and _stale(history, recipe) < recipe.patience:
@@ -536,7 +646,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         seed_all(recipe.seed, epoch, acc.process_index)
         waiting = [p for g, later in recipe.begins.items() if epoch <= later for p in groups[g].values()]
         for p in waiting: p.requires_grad_(False)
-        loss, ys, logits = _epoch(acc, wrapped, loader, recipe, optimizer, schedule, scaler, recipe.epochs*steps)
+        with fast(): loss, ys, logits = _epoch(acc, wrapped, loader, recipe, optimizer, schedule, scaler, recipe.epochs*steps)
         for p in waiting: p.requires_grad_(True)
         seconds.append(time.time() - began)
         scores = recipe.score(*predict(model, val, recipe, acc=acc))
