@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'CRITERIA', 'CLASSES', 'IGNORE', 'BLACK', 'OFFICIAL', 'RECO
            'Protocol', 'open_tree', 'data_card', 'read_frames', 'read_coco', 'read_objects', 'disagreements',
            'rle_to_mask', 'read_mask', 'targets', 'make_clips', 'summary', 'rater_table', 'add_masks', 'mask_sources',
            'mask_source_proof', 'FrameStore', 'pack_frames', 'mark_black', 'ClipDataset', 'open_datasets',
-           'budget_proof', 'label_proof', 'clip_proof', 'geometry_proof']
+           'budget_proof', 'label_proof', 'clip_proof', 'geometry_proof', 'data_proofs']
 
 # %% ../nbs/lib/03_endoscapes.ipynb #a7353f73
 import io, json, os, random, shutil, zlib
@@ -680,3 +680,7 @@ def geometry_proof(data, dataset: ClipDataset) -> Proof:
     apart = {g: np.abs(_pixels(path, g, p.size).astype(int) - first[chosen]).mean() for g in _CHOICES["geometry"]}
     words = ", ".join(f"{v:.1f} from {g}" for g, v in apart.items())
     return Proof("geometry", p.geometry, f"a pixel is {words} (of 255)", bool(apart[p.geometry] == 0 < max(apart.values())))
+
+def data_proofs(data, dataset: ClipDataset, slip: bool = False) -> list[Proof]:
+    "What every experiment proves of its training clips: label rule (which may be a declared `slip`), window, geometry and label budget."
+    return [label_proof(dataset, slip), clip_proof(dataset), geometry_proof(data, dataset), budget_proof(dataset)]
