@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'VIEWS', 'pool_tokens', 'TokenDataset', 'cache_tokens', 'token_bytes', 'choose_view', 'from_tokens']
 
 # %% ../nbs/lib/10c_features.ipynb #ded24732
-import shutil
+import json, shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-from .core import atomic, cache_dir, digest, rel
-from .endoscapes import IGNORE, ClipDataset
+from .core import atomic, cache_dir, digest, main_process, rel
+from .endoscapes import IGNORE, PIXELS, ClipDataset
 from .models import VideoClassifier, fingerprint
 from .objectives import AUGMENTATIONS
 from .training import DTYPES, Recipe, accelerator
@@ -39,15 +39,14 @@ def pool_tokens(tokens: torch.Tensor, side: int, pool: int) -> torch.Tensor:
 
 class TokenDataset(Dataset):
     "Items `video` `(N, D)` the tokens of a clip, `mirrored` those of its mirror image where they were kept; labels, masks and clips of a `ClipDataset`."
-    def __init__(self, dataset: ClipDataset, files: list[Path], views: tuple[str, ...]):
+    def __init__(self, dataset: ClipDataset, files: dict[str, list[Path]]):
         vars(self).update({k: v for k, v in vars(dataset).items() if k != "rows"})    # all it says of its clips, but their frames
-        self.files, self.views = files, views
+        self.files = files                                                            # of each view, a file a block
 
     def __len__(self): return len(self.y)
 
     def __getitem__(self, index):
-        block = _open(self.files[index // BLOCK])
-        read = {v: block.get_slice(v)[index % BLOCK].float() for v in self.views}
+        read = {v: _open(files[index // BLOCK]).get_slice("tokens")[index % BLOCK].float() for v, files in self.files.items()}
         if self.masks:
             mask = torch.from_numpy(self.store.mask(self.clips["video"].iat[index], self.clips["frames"].iat[index])).long()
             read |= dict(mask=mask, mask_frames=(mask != IGNORE).flatten(1).any(1))
@@ -64,32 +63,39 @@ def cache_tokens(
     mirrored: bool = False,   # also keep the mirror image of each clip, for `choose_view`
     pool: int = 1,            # average so many places a side: 2 is a quarter of the size
 ) -> TokenDataset:
-    """Tokens of every clip of `dataset`, from the cache where they are there.
+    """Tokens of every clip of `dataset`, from the cache where they are there; prints how much there is to compute and keep before it starts.
 
     Raises `ValueError` for a backbone that learns and `OSError` where the disk is too small, with what would make it fit."""
     if any(p.requires_grad for p in model.backbone.parameters()):
         raise ValueError("this backbone learns, so its tokens change: cache those of a frozen one")
-    views, side, acc = VIEWS[:1 + mirrored], model.backbone.config.crop_size // model.backbone.config.patch_size, accelerator(recipe)
-    name = digest([fingerprint(model.backbone), asdict(dataset.protocol), card["fingerprint"], pool, recipe.precision, views], 16)
-    folder = cache_dir()/"tokens"/name
-    ids = np.array_split(np.arange(len(dataset)), range(BLOCK, len(dataset), BLOCK))
-    files = [folder/f"{digest(dataset.clips['clip'].iloc[i].tolist(), 16)}.safetensors" for i in ids]
-    todo = [(i, path) for i, path in zip(ids, files) if not path.exists()]
-    need = token_bytes(sum(len(i) for i, _ in todo), dataset.protocol.n_frames // model.backbone.config.tubelet_size * (side // pool)**2, model.backbone.config.hidden_size, len(views))
+    views, config, acc = VIEWS[:1 + mirrored], model.backbone.config, accelerator(recipe)
+    side = config.crop_size // config.patch_size
+    folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), asdict(dataset.protocol), card["fingerprint"], PIXELS, pool, recipe.precision], 16)
+    blocks = [[int(i) for i in b] for b in np.array_split(np.arange(len(dataset)), range(BLOCK, len(dataset), BLOCK))]
+    names = [dataset.clips["clip"].iloc[b].tolist() for b in blocks]
+    files = {v: [folder/f"{digest(clips, 16)}_{v}.safetensors" for clips in names] for v in views}
+    todo = [(b, clips, {v: p for v, p in zip(views, paths) if not p.exists()}) for b, clips, *paths in zip(blocks, names, *files.values())]
+    todo = [(b, clips, missing) for b, clips, missing in todo if missing]
+    need = sum(token_bytes(len(b), dataset.protocol.shown // config.tubelet_size * (side // pool)**2, config.hidden_size, len(missing)) for b, _, missing in todo)
     folder.mkdir(parents=True, exist_ok=True)
-    if need > (free := shutil.disk_usage(folder).free):
-        raise OSError(f"tokens of {len(dataset):,} clips need {need/1e9:.1f} GB, and {free/1e9:.1f} GB are free in {rel(cache_dir())}: pool=2 needs a quarter, "
-                      "key-frames alone (`protocol official`) a fifth, one view half; or set CVSLAB_CACHE to a folder on a larger disk")
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise OSError(f"tokens of {len(dataset):,} clips need {_size(need)}, and {_size(free)} are free in {rel(cache_dir())}: one view (`flip 0`) needs half, key-frames alone "
+                      "(`protocol official`) a fifth, pool=2 of `from_tokens` a quarter; or set CVSLAB_CACHE to a folder on a larger disk")
+    if todo and main_process(): print(f"tokens of {sum(len(b) for b, _, _ in todo):,} clips of {dataset.protocol.split}: {_size(need)}, {_size(free)} free")
     model.eval().to(acc.device)
-    for i, path in tqdm(todo, desc=f"tokens of {dataset.protocol.split}", unit="block", leave=False, delay=1):
-        parts = {v: [] for v in views}
-        for some in np.array_split(i, range(size := recipe.micro_batch or recipe.batch_size, len(i), size)):
+    for block, clips, missing in tqdm(todo, desc=f"tokens of {dataset.protocol.split}", unit="block", leave=False, delay=1):
+        parts = {v: [] for v in missing}
+        for some in np.array_split(block, range(size := recipe.micro_batch or recipe.batch_size, len(block), size)):
             video = default_collate([dataset[j] for j in some])["video"].to(acc.device)
-            for v in views: parts[v].append(pool_tokens(_encode(model, video if v == "plain" else video.flip(-1), recipe, acc), side, pool).half().cpu())
-        content = {v: torch.cat(x).contiguous() for v, x in parts.items()}
-        if not all(x.isfinite().all() for x in content.values()): raise ValueError(f"tokens of {dataset.protocol.split} are not finite in half precision: this backbone cannot be cached so")
-        atomic(path, lambda tmp: save_file(content, tmp))
-    return TokenDataset(dataset, files, views)
+            for v in missing: parts[v].append(pool_tokens(_encode(model, video if v == "plain" else video.flip(-1), recipe, acc), side, pool).half().cpu())
+        for v, path in missing.items():
+            tokens = torch.cat(parts[v]).contiguous()
+            if not tokens.isfinite().all(): raise ValueError(f"tokens of {dataset.protocol.split} are not finite in half precision: this backbone cannot be cached so")
+            atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, dict(clips=json.dumps(clips), view=v)))
+    return TokenDataset(dataset, files)
+
+def _size(n): return f"{n/1e9:,.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
 
 def token_bytes(clips: int, tokens: int, dim: int, views: int = 1) -> int:
     "Bytes that the tokens of `clips` take in half precision."
@@ -111,12 +117,12 @@ def choose_view(p: float = 0.5) -> Callable:
         return {k: v for k, v in batch.items() if k != "mirrored"} | new
     return transform
 
-def from_tokens(model: VideoClassifier, datasets: dict[str, ClipDataset], card: dict, recipe: Recipe, flip: float = 0.) -> tuple[dict[str, TokenDataset], Recipe]:
-    """`datasets` as cached tokens and `recipe` as it trains from them, its transform `random_flip(flip)` as `choose_view(flip)`.
+def from_tokens(model: VideoClassifier, datasets: dict[str, ClipDataset], card: dict, recipe: Recipe, flip: float = 0., pool: int = 1) -> tuple[dict[str, TokenDataset], Recipe]:
+    """`datasets` as cached tokens and `recipe` as it trains from them, its transform `random_flip(flip)` as `choose_view(flip)`; `pool` as in `cache_tokens`.
 
     Raises `ValueError` for a recipe that changes the pixels in another way, with what to set."""
     on = [name for part in getattr(recipe.transform, "parts", [recipe.transform]) for name in (*AUGMENTATIONS, "mixup", "cutmix") if getattr(part, name, 0)]
     if on: raise ValueError(f"cached tokens are of clips as they are or mirrored, and {', '.join(on)} would change the pixels anew in each epoch: "
                             f"set {', '.join(f'{name} 0' for name in on)}, or cached False")
-    tokens = {s: cache_tokens(model, d, card, recipe, mirrored=flip > 0 and s == "train") for s, d in datasets.items()}
+    tokens = {s: cache_tokens(model, d, card, recipe, flip > 0 and s == "train", pool) for s, d in datasets.items()}
     return tokens, replace(recipe, transform=choose_view(flip))
