@@ -678,8 +678,9 @@ def geometry_proof(data, dataset: ClipDataset) -> Proof:
     clip = dataset.clips.iloc[chosen]
     path = open_tree(data)/clip["split"]/f"{clip['video']}_{clip['frames'][0]}.jpg"
     apart = {g: np.abs(_pixels(path, g, p.size).astype(int) - first[chosen]).mean() for g in _CHOICES["geometry"]}
+    with Image.open(path) as image: square = image.width == image.height               # then there is nothing to cut
     words = ", ".join(f"{v:.1f} from {g}" for g, v in apart.items())
-    return Proof("geometry", p.geometry, f"a pixel is {words} (of 255)", bool(apart[p.geometry] == 0 < max(apart.values())))
+    return Proof("geometry", p.geometry, f"a pixel is {words} (of 255)", bool(apart[p.geometry] == 0 and (square or max(apart.values()) > 0)))
 
 def data_proofs(data, dataset: ClipDataset, slip: bool = False) -> list[Proof]:
     "What every experiment proves of its training clips: label rule (which may be a declared `slip`), window, geometry and label budget."
