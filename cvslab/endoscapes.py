@@ -659,7 +659,7 @@ def label_proof(dataset: ClipDataset, slip: bool = False) -> Proof:
     return Proof("labels", labels, f"{dataset.changed:.1%} of clips have {words.get(labels, f'another label than by {other!r}')}", bool(dataset.changed >= .001), slip)
 
 def clip_proof(dataset: ClipDataset) -> Proof:
-    "Proof that clips show the frames of their protocol: how many, how many of them different, and which seconds about their own."
+    "Proof that clips show the frames of their protocol: how many, how many of them different, which seconds about their own, and how far apart."
     p, clips = dataset.protocol, dataset.clips
     frames = np.stack(clips["frames"])
     seconds = np.round((frames - clips["frame"].to_numpy()[:, None]) / 25).astype(int)
@@ -667,9 +667,11 @@ def clip_proof(dataset: ClipDataset) -> Proof:
     first, last = -before*p.step, (p.n_frames - 1 - before)*p.step
     shape = tuple(dataset[0]["video"].shape)
     different = max(len(set(row)) for row in frames.tolist())
-    seen = f"{shape[0]} frames of {shape[-1]} pixels, up to {different} different, from {seconds.min()} to {seconds.max()} s"
-    turned = shape[0] == p.shown and shape[-1] == p.size and different <= p.n_frames and seconds.min() >= first and seconds.max() == last
-    return Proof("window", f"{p.shown} frames of {p.size} pixels, {p.n_frames} different, from {first} to {last} s", seen, bool(turned))
+    gaps = np.diff(seconds)[np.diff(seconds) > 0]             # 0 where the ends of a video are repeated, longer where a frame is missing
+    gap = np.bincount(gaps).argmax() if len(gaps) else p.step
+    seen = f"{shape[0]} frames of {shape[-1]} pixels, up to {different} different, from {seconds.min()} to {seconds.max()} s, {gap} s apart"
+    turned = shape[0] == p.shown and shape[-1] == p.size and different <= p.n_frames and seconds.min() >= first and seconds.max() == last and gap == p.step
+    return Proof("window", f"{p.shown} frames of {p.size} pixels, {p.n_frames} different, from {first} to {last} s, {p.step} s apart", seen, bool(turned))
 
 def geometry_proof(data, dataset: ClipDataset) -> Proof:
     "Proof that a frame was cut and resized as the protocol says, not in another way."
