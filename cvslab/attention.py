@@ -7,8 +7,8 @@ __all__ = ['BACKENDS', 'MASKED', 'Grid', 'KINDS', 'SUPERVISION', 'CONTROLS', 'Mo
            'positions', 'Windows', 'windows_on', 'clip_grid', 'token_mask', 'Intervention', 'encoder_of',
            'AttentionStats', 'measure', 'AttentionSummary', 'set_attention', 'mask_tokens', 'clear_attention',
            'reads_mask', 'AttentionInputs', 'attention_inputs', 'batch_masks', 'has_anatomy', 'mass_loss', 'kl_loss',
-           'attention_proofs', 'pooler_attention', 'recorded_projections', 'recorded_map', 'recorded_entropy',
-           'recorded_kl', 'recorded_supervision', 'control']
+           'attention_proofs', 'plan_proof', 'pooler_attention', 'recorded_projections', 'recorded_map',
+           'recorded_entropy', 'recorded_kl', 'recorded_supervision', 'control']
 
 # %% ../nbs/lib/07_attention.ipynb #c1d2c6e7
 import math, warnings
@@ -657,6 +657,15 @@ def attention_proofs(model: nn.Module, video: Tensor, mask: Tensor = None) -> li
             return [_proof(kind, sites, model, mask, partial(_pass, model, video, mask, sites)) for kind, sites in kinds.items()]
     finally: state.force = None
 
+def plan_proof(model: nn.Module, asked: dict) -> Proof:
+    "Proof that the layers have the intervention `asked` (arguments of `set_attention`), value by value, and the other layers none."
+    there, wanted = {s.layer: s.plan for s in _state(model).sites if s.plan}, _layers(model, asked.get("layers"))
+    plain = {f: getattr(Intervention(), f) for f in ("window", "beside", "mask", "bias", "supervise", "always")}
+    values = {k: tuple(v) if k == "window" and v else v for k, v in (plain | {k: asked[k] for k in plain.keys() & asked.keys()}).items()}
+    strange = {f"{k} {getattr(p, k)} in layer {i}": k for i, p in there.items() for k, v in values.items() if (getattr(p, k) or None) != (v or None)}
+    words = ", ".join(f"{k} {v}" for k, v in values.items() if v)
+    return Proof("attention plan", f"{words} in layers {wanted}", f"layers {sorted(there)}, {', '.join(list(strange)[:3]) or 'all of them so'}", sorted(there) == wanted and not strange)
+
 def _pass(model, video, mask, sites, *kinds):
     "Tokens, mean mass and effective tokens in the layers of `sites`, and inputs, of a pass in which only `kinds` act."
     encoder, quantities = encoder_of(model), {} if mask is None else dict(mask=(mask > 0).float())
@@ -677,8 +686,8 @@ def _proof(kind, sites, model, mask, run) -> Proof:
         return Proof("attention window", f"windows of {windows.size}, {layers}, {shifted} shifted", seen, turned and windows.count > 1)
     told = int((mask != mask[:, :1]).any(1).sum())
     clips, moved = f"{told} of {len(mask)} clips with a mask", f"mass {mass:.3f} -> {new_mass:.3f}" if sites else ""
-    if kind == "mask": return Proof("attention mask", f"no attention outside the mask, {layers}", f"{clips}, {moved}", turned and told > 0)
-    if kind == "bias": return Proof("attention bias", f"{plan.bias:+g} on the mask, {layers}", f"{clips}, {moved}", turned and told > 0)
+    if kind == "mask": return Proof("attention mask", f"no attention outside the mask, {layers}", f"{clips}, {moved}", turned and told > 0 and new_mass > .999)
+    if kind == "bias": return Proof("attention bias", f"{plan.bias:+g} on the mask, {layers}", f"{clips}, {moved}", turned and told > 0 and (new_mass > mass) == (plan.bias > 0))
     if kind == "tokens":
         zero = (new == 0).all(-1).float().mean().item()
         return Proof("token mask", "final tokens times the mask", f"{clips}, {zero:.1%} of tokens zero", turned and told > 0)

@@ -26,13 +26,14 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, find_executable_batch_size
 from torch.utils.data import DataLoader, Dataset, Sampler
+from peft.tuners.lora import LoraLayer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import attention_proofs, encoder_of, has_anatomy, reads_mask
+from .attention import attention_proofs, encoder_of, has_anatomy, plan_proof, reads_mask
 from .core import Proof, Run, atomic, derive_seed, digest, main_process, rel, root, seed_all
 from .metrics import CRITERIA, ap_per_criterion, check_comparable, compare, protocol_differences, score_cvs
-from .models import ENCODERS, VideoClassifier, build_model, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
+from .models import ENCODERS, POOLERS, VideoClassifier, build_model, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
 from .objectives import LossTerm
 from .storage import Mirror
 
@@ -145,6 +146,8 @@ def _optimizer(acc, model, recipe, **change):
     "AdamW on the trainable parameters, a kernel for all of a step where the device has one."
     return torch.optim.AdamW(param_groups(model, recipe), weight_decay=recipe.weight_decay, fused=acc.device.type in ("cpu", "cuda"), **change)
 
+def _scaler(acc, recipe): return torch.amp.GradScaler(acc.device.type, enabled=recipe.precision == "fp16")
+
 def _rate(warmup: float, total: int, floor: float, start: int, step: int) -> float:
     "Share of the peak rate at `step`: 0 before `start`, then a linear warm-up and a cosine that ends at `floor`."
     done, left = step - start, total - start
@@ -225,8 +228,20 @@ def _lora_proof(model):
     there = lora_modules(model.backbone)
     want = lora_size(model.backbone.config, asked["rank"], asked.get("targets", ("q", "v")), asked.get("layers", ()), asked.get("predictor", False))
     seen = (len(there), sum(there.values()))
-    words = f"rank {asked['rank']} on {' '.join(asked.get('targets', ('q', 'v')))}: {want[0]} modules, {want[1]:,} parameters"
-    return Proof("lora", words, f"{seen[0]} modules, {seen[1]:,} parameters", seen == want)
+    alpha, dropout = asked.get("alpha") or 2*asked["rank"], asked.get("dropout", 0.1)
+    layers = [m for m in model.backbone.modules() if isinstance(m, LoraLayer)]
+    scales, drops = ({round(f(m), 6) for m in layers} for f in (lambda m: m.scaling["default"], lambda m: getattr(m.lora_dropout["default"], "p", 0.)))
+    words = f"rank {asked['rank']} on {' '.join(asked.get('targets', ('q', 'v')))}: {want[0]} modules, {want[1]:,} parameters, scale {alpha/asked['rank']:g}, dropout {dropout:g}"
+    found = f"{seen[0]} modules, {seen[1]:,} parameters, scale {' '.join(f'{s:g}' for s in scales)}, dropout {' '.join(f'{d:g}' for d in drops)}"
+    return Proof("lora", words, found, seen == want and scales == {round(alpha/asked["rank"], 6)} and drops == {round(dropout, 6)})
+
+def _head_proof(model):
+    asked, dim = model.spec, model.backbone.config.hidden_size
+    pooler = POOLERS[asked["pooler"]](dim, model.backbone.config.num_attention_heads, asked["classes"])
+    there = [m.out_features for m in model.head if isinstance(m, torch.nn.Linear)]
+    size, want = (sum(p.numel() for p in m.parameters()) for m in (model.pooler, pooler))
+    return Proof("head", f"{asked['pooler']} pooling, {asked['hidden'] or 'nothing'} between", f"{type(model.pooler).__name__} of {size:,} parameters, layers of {' and '.join(map(str, there))}",
+                 (type(model.pooler), size) == (type(pooler), want) and there == [n for n in (asked["hidden"], asked["classes"]) if n])
 
 _ATTENTION = dict(window="attention window", mask="attention mask", bias="attention bias", supervise="attention supervision", tokens="token mask")
 
@@ -239,6 +254,7 @@ def _attention_proofs(model, train, recipe, device):
     with recipe.context(model, batch) as inputs: mask = getattr(inputs, "mask", None)
     if reads and mask is None: return [Proof(name, "masks of each batch", "the recipe's context gives none", False) for name in asked]
     found = attention_proofs(model, model.normalise(batch["video"]), mask) if attached else []
+    if attached and model.spec.get("attention"): found.append(plan_proof(model, model.spec["attention"]))
     if spec.get("shift"):
         moved = [i for i, layer in enumerate(encoder_of(model).encoder.layer) if attached and layer.attention.site.plan and layer.attention.site.plan.shift]
         found.append(Proof("window shift", "half a window, in every second windowed layer", f"layers {moved}", bool(moved)))
@@ -325,7 +341,9 @@ def _loss_proofs(model, batch, recipe, acc):
                     bool(np.isfinite(value)) and all(np.isfinite(norm[g]) and norm[g] > 0 for g in meant), term.slip)
     model.zero_grad()
     dtype = str(outputs["logits"].dtype).removeprefix("torch.")
-    yield Proof("precision", recipe.precision, f"logits in {dtype}", outputs["logits"].dtype == (DTYPES[recipe.precision] or torch.float32))
+    scaled = _scaler(acc, recipe).is_enabled()
+    yield Proof("precision", recipe.precision, f"logits in {dtype}, the loss is {'' if scaled else 'not '}scaled",
+                outputs["logits"].dtype == (DTYPES[recipe.precision] or torch.float32) and scaled == (recipe.precision == "fp16"))
 
 def _transform_proof(batch, recipe):
     for _ in range(16):                                    # a transform that leaves some batches alone gets several draws
@@ -347,6 +365,7 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     seed_all(recipe.seed)
     batch = {k: v.to(device) for k, v in first_batch(train, recipe).items()}
     rows = [*proofs, *_group_proofs(model, recipe)]
+    if "pooler" in model.spec: rows.append(_head_proof(model))
     if model.spec.get("lora"): rows.append(_lora_proof(model))
     if isinstance(model.spec.get("backbone"), dict): rows += _encoder_proofs(model, batch["video"].shape[1])
     if model.spec.get("attention") or model.spec.get("masked_tokens"): rows += _attention_proofs(model, train, recipe, device)
@@ -508,7 +527,7 @@ def _steps(acc, model, train, recipe, n: int):
     "Train for one step to warm up and for `n` more at a rate of 0; yields the seconds of reading and of all else, and the batch, of each of the `n`."
     order = list(Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed))
     size = recipe.micro_batch or recipe.batch_size // acc.num_processes
-    optimizer, scaler = _optimizer(acc, model.train().to(acc.device), recipe), torch.amp.GradScaler(acc.device.type, enabled=recipe.precision == "fp16")
+    optimizer, scaler = _optimizer(acc, model.train().to(acc.device), recipe), _scaler(acc, recipe)
     for group in optimizer.param_groups: group.update(lr=0., weight_decay=0.)
     for i in range(n + 1):
         began = time.perf_counter()
@@ -624,7 +643,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     steps = len(order) // recipe.batch_size
     rate = partial(_rate, round(recipe.warmup_epochs*steps), recipe.epochs*steps, recipe.floor)
     schedule = LambdaLR(optimizer, [partial(rate, recipe.begins.get(g["name"], 0)*steps) for g in optimizer.param_groups])
-    scaler = torch.amp.GradScaler(acc.device.type, enabled=recipe.precision == "fp16")
+    scaler = _scaler(acc, recipe)
     mirror = Mirror.of(run.dir) if acc.is_main_process else None
     if mirror: mirror.pull()
     acc.wait_for_everyone()
