@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEMO_BACKBONE', 'VIDEO_IDS', 'CLASSES', 'FPS', 'KEY_EVERY', 'DRAWING', 'OCT_SPLITS', 'OCT_UW', 'OCT_DRAWING',
-           'OCT_CHECKPOINTS', 'OCT_DEMO_SHAPE', 'demo_backbone', 'draw_endoscapes', 'demo_tree', 'draw_oct',
-           'demo_oct_tree']
+           'OCT_CHECKPOINTS', 'OCT_DEMO_SHAPE', 'draw_endoscapes', 'demo_tree', 'draw_oct', 'demo_oct_tree']
 
 # %% ../nbs/lib/05_demo.ipynb #12111c62
 import io, json, os, shutil, sys
@@ -33,17 +32,6 @@ from .core import atomic, cache_dir, digest, save
 
 # %% ../nbs/lib/05_demo.ipynb #bbb0f30a
 DEMO_BACKBONE = Path(files("cvslab")/"data"/"demo_backbone")
-
-def demo_backbone(folder, seed: int = 0) -> Path:
-    "Write a `VJEPA2Model` of 607,128 random parameters to `folder`, as transformers saves it; a clip is (16, 3, 64, 64)."
-    import torch
-    from transformers import VJEPA2Config, VJEPA2Model
-    config = VJEPA2Config(crop_size=64, frames_per_clip=16, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, initializer_range=0.1,
-                          pred_hidden_size=24, pred_num_hidden_layers=1, pred_num_attention_heads=1, pred_num_mask_tokens=1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        VJEPA2Model(config).save_pretrained(folder)
-    return Path(folder)
 
 # %% ../nbs/lib/05_demo.ipynb #067ac7dd
 VIDEO_IDS = {"train": (1, 120), "val": (121, 161), "test": (162, 201)}                # first and last video id, as in the real tree
