@@ -8,7 +8,7 @@ __all__ = ['LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'RotaryAttentio
            'mlp_head', 'add_lora', 'lora_modules', 'lora_size', 'count_lora', 'upper_layers', 'projections_proof',
            'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT', 'SwinFrames',
            'Hybrid', 'Video', 'Images', 'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise',
-           'VideoClassifier', 'build_model', 'idea_proofs', 'group_of', 'trainable']
+           'VideoClassifier', 'build_model', 'idea_proofs', 'members_proof', 'group_of', 'trainable']
 
 # %% ../nbs/lib/08_models.ipynb #38e482a1
 import re
@@ -28,7 +28,7 @@ from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2DropPath, VJEPA2Rop
 from transformers.utils import logging
 
 from .attention import mask_tokens, set_attention
-from .core import Proof, digest, root
+from .core import Proof, digest, root, seed_all
 from .demo import DEMO_BACKBONE
 
 # %% ../nbs/lib/08_models.ipynb #98188c30
@@ -605,31 +605,67 @@ def build_model(
     model.spec = spec
     return model
 
+_FAMILIES = dict(videomae=(VideoMAEModel,), images=(Dinov2Model, DINOv3ViTModel))
+
+def _family_proof(encoder, kind):
+    inner = next((m for m in (getattr(encoder, "video", None), getattr(encoder, "frames", None)) if m is not None), encoder)
+    return Proof("family", kind, f"{type(inner).__name__}, {sum(p.numel() for p in inner.parameters()):,} parameters", isinstance(inner, _FAMILIES[kind]))
+
+def _pooler_proof(pooler, asked, classes):
+    wanted = dict(attention=("AttentionPooler", 1), criterion=("AttentionPooler", classes), official=("VJEPA2AttentivePooler", 0), mean=("MeanPooler", 0), lstm=("LSTMPooler", 0))
+    seen = type(pooler).__name__, pooler.query.shape[1] if isinstance(pooler, AttentionPooler) else 0
+    words = f"{seen[0]}, {sum(p.numel() for p in pooler.parameters()):,} parameters" + (f", {seen[1]} queries" if seen[1] else "")
+    return Proof("pooler", asked, words, seen == wanted[asked])
+
+def _kept_proof(model, video, keep):
+    "In a clip that jumps at some frames and stands still between them, those are kept: it gives the tokens of these frames alone."
+    frames = video.shape[1]
+    if keep >= frames: return Proof("kept frames", f"{keep} that differ most", f"all {frames} of a clip", False)
+    jumps = torch.linspace(1, frames - 1, keep).round().long()
+    still = torch.stack([video[:1, 0], 255 - video[:1, 0]], 1)
+    clip = still[:, (torch.arange(frames)[:, None] >= jumps).sum(1) % 2]
+    same = model.encode(clip).shape == model.encode(clip[:, jumps]).shape and torch.allclose(model.encode(clip), model.encode(clip[:, jumps]), atol=1e-4)
+    return Proof("kept frames", f"{keep} that differ most", f"of {frames}, {'those' if same else 'not those'} at which a clip jumps", same)
+
+def _shape_proofs(model, vision, changes, reading, video):
+    "Depth, dropped paths, and tokens of a V-JEPA 2 with `changes` and another `reading`."
+    if "depth" in changes: yield Proof("depth", f"{changes['depth']} layers", f"{len(vision.encoder.layer)} layers", len(vision.encoder.layer) == changes["depth"])
+    if "drop_path" in changes:
+        rates = [m.drop_prob for m in vision.encoder.modules() if isinstance(m, VJEPA2DropPath)]
+        most = max(rates, default=0)
+        yield Proof("drop path", f"up to {changes['drop_path']:g}", f"{len(rates)} layers, up to {most:g}", 0 < most <= changes["drop_path"] + 1e-6)
+    bins, side = (reading.get("keep") or video.shape[1]) // vision.config.tubelet_size, (changes.get("size") or vision.config.crop_size) // vision.config.patch_size
+    middle, views, tokens = len(reading.get("layers", ())), 1 + bool(reading.get("centre")), model.encode(video).shape[1]
+    asked = bins * side**2 * (1 + middle) * views
+    yield Proof("tokens", f"{bins} bins of {side} x {side}, {middle} middle layers, {views} views: {asked:,}", f"{tokens:,}", tokens == asked)
+    if reading.get("keep"): yield _kept_proof(model, video, reading["keep"])
+
 @torch.no_grad()
 def idea_proofs(model: VideoClassifier, spec: dict, video: torch.Tensor) -> list[Proof]:
     "Proof of what `spec` (arguments of `build_model`) asks of the model besides adapters and interventions; `video` is a batch."
     rows, changes, reading = [], spec.get("changes") or {}, spec.get("reading") or {}
+    if isinstance(spec.get("backbone"), dict): rows.append(_family_proof(model.backbone, spec["backbone"]["kind"]))
+    if spec.get("pooler", "attention") != "attention": rows.append(_pooler_proof(model.pooler, spec["pooler"], spec.get("classes", 3)))
     vision = next((m for m in model.backbone.modules() if isinstance(m, VJEPA2Model)), None)
-    tokens = model.encode(video).shape[1] if changes or reading else 0
-    if spec.get("pooler", "attention") != "attention":
-        count = sum(p.numel() for p in model.pooler.parameters())
-        queries = model.pooler.query.shape[1] if isinstance(model.pooler, AttentionPooler) else 0
-        rows.append(Proof("pooler", spec["pooler"], f"{type(model.pooler).__name__}, {count:,} parameters", queries != 1))
-    if "depth" in changes:
-        rows.append(Proof("depth", f"{changes['depth']} layers", f"{len(vision.encoder.layer)} layers", len(vision.encoder.layer) == changes["depth"]))
-    if "drop_path" in changes:
-        rates = [m.drop_prob for m in vision.encoder.modules() if isinstance(m, VJEPA2DropPath)]
-        rows.append(Proof("drop path", f"up to {changes['drop_path']:g}", f"{len(rates)} layers, up to {max(rates, default=0):g}", max(rates, default=0) > 0))
-    if changes or reading:
-        bins, side = (reading.get("keep") or video.shape[1]) // vision.config.tubelet_size, (changes.get("size") or vision.config.crop_size) // vision.config.patch_size
-        plain = bins * side**2
-        asked = plain * (1 + len(reading.get("layers", ()))) * (1 + bool(reading.get("centre")))
-        words = f"{bins} bins of {side} x {side}, {len(reading.get('layers', ()))} middle layers, {1 + bool(reading.get('centre'))} views"
-        rows.append(Proof("tokens", f"{words}: {asked:,}", f"{tokens:,}", tokens == asked))
+    if changes or reading: rows += _shape_proofs(model, vision, changes, reading, video)
     if spec.get("visible"):
         told = model.visible is not None and model.visible.tell is not None
         rows.append(Proof("what is in view", "told to the criteria" if spec["visible"]["told"] else "an auxiliary question", "told, at first with weight 0" if told else "asked alone", told == spec["visible"]["told"]))
     return rows
+
+def members_proof(plans: dict[str, tuple]) -> list[Proof]:
+    """Proof that the members of an ensemble train what their recipes say, each from weights of its own.
+
+    `plans` are name -> (arguments of `build_model`, recipe); the first is the run they join. Seeds everything random."""
+    rows, met = [], {}
+    for name, (spec, recipe) in plans.items():
+        seed_all(recipe.seed)
+        groups = trainable(build_model(**spec))
+        start = digest([[n, digest(p.detach().numpy().tobytes(), 16)] for ps in groups.values() for n, p in sorted(ps.items())])
+        twin = met.setdefault(start, name)
+        seen = f"{' '.join(groups)} from seed {recipe.seed}" + ("" if twin == name else f", the same as {twin}")
+        rows.append(Proof(f"member {name}", f"{' '.join(recipe.lr)} from weights of its own", seen, twin == name and groups.keys() == recipe.lr.keys()))
+    return rows[1:]
 
 def group_of(name: str) -> str:
     "The parameter group a trainable parameter belongs to by its name: `lora`, `backbone` or `head` (pooler, heads, and the projection between two encoders)."
