@@ -213,12 +213,14 @@ def layer_readings(model: VideoClassifier, dataset: ClipDataset, chosen) -> tupl
 READINGS = dict(entropy="entropy (share of log N)", mutual_information="mutual information (nats)", distance="distance (patches)",
                 anatomy_lift="lift of anatomy over its area")
 
-def before_after(run: Run, model: VideoClassifier, datasets: dict[str, ClipDataset], per_group: int = 2, split: str = "val"):
-    """Figure of attention by layer, in the backbone as it was loaded (before) and in the trained `model` (after), on the same clips, up to
-    `per_group` of each label group, in evaluation mode. Writes `attention.csv`; anatomy is measured where the datasets hold masks."""
+def before_after(run: Run, model: VideoClassifier, datasets: dict[str, ClipDataset], per_group: int = 2, split: str = "val",
+                 before: VideoClassifier = None):
+    """Figure of attention by layer, in `before` (a copy of the model taken before training; None: its backbone as it was loaded) and in the trained
+    `model` (after), on the same clips, up to `per_group` of each label group, in evaluation mode. Writes `attention.csv`; anatomy is measured
+    where the datasets hold masks."""
     dataset, device = datasets[split], _device(model)
     chosen = sample_clips(dataset.clips.assign(group=label_groups(dataset.y)), per_group)
-    both = dict(before=build_model(model.spec["backbone"]).to(device).eval(), after=model.eval())
+    both = dict(before=(before or build_model(model.spec["backbone"])).to(device).eval(), after=model.eval())
     tables = [layer_readings(m, dataset, chosen)[0].by_head().assign(model=name) for name, m in both.items()]
     table = pd.concat(tables).query("statistic in @READINGS").groupby(["statistic", "layer", "model"], sort=False)["mean"].mean().unstack("model").reset_index()
     run.save("attention.csv", table)
