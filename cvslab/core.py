@@ -210,7 +210,7 @@ class Proof:
     slip: bool = False
 
 # %% ../nbs/lib/00_core.ipynb #b7f398b2
-MACHINE = {"name", "device", "workers", "micro_batch", "checkpointing", "tracker"}
+MACHINE = {"name", "device", "workers", "micro_batch", "checkpointing", "compile", "tracker"}
 PACKAGES = ["cvslab", "torch", "transformers", "peft", "accelerate", "numpy", "pandas", "scikit-learn"]
 
 def code_fingerprint() -> str:
