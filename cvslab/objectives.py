@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'SEG_CLASSES', 'SEG_WEIGHTS', 'CRITERION_CLASSES', 'RECORDED_CLASSES', 'SAMPLING', 'AUGMENTATIONS',
-           'LossTerm', 'bce', 'focal', 'LossReading', 'read_loss', 'pos_weight_proof', 'focal_proof', 'targets_proof',
-           'seg_target', 'segmentation', 'has_mask', 'seg_proof', 'mask_proof', 'hard_negatives',
-           'hard_negatives_proof', 'in_view', 'visible', 'sampling_weights', 'sampling_table', 'sampling_proof',
-           'random_flip', 'Augment', 'compose', 'augment_proofs', 'mixup', 'cutmix', 'Mix', 'mix_proof']
+           'LossTerm', 'bce', 'focal', 'LossReading', 'read_loss', 'pos_weight_proof', 'class_weight_proof',
+           'focal_proof', 'targets_proof', 'seg_target', 'segmentation', 'has_mask', 'seg_proof', 'mask_proof',
+           'hard_negatives', 'hard_negatives_proof', 'in_view', 'visible', 'sampling_weights', 'sampling_table',
+           'sampling_proof', 'random_flip', 'Augment', 'compose', 'augment_proofs', 'flip_proof', 'mixup', 'cutmix',
+           'Mix', 'mix_proof', 'alpha_proofs']
 
 # %% ../nbs/lib/09_objectives.ipynb #98903039
 import math
@@ -48,14 +49,14 @@ def _check_targets(targets):
         raise ValueError(f"targets {list(targets)} are no pair 0 <= negative < positive <= 1: plain labels are [0, 1], smoothing by 0.1 is [0.05, 0.95]")
     return targets
 
-def bce(pos_weight=None, targets=(0., 1.)) -> Callable:
-    """Binary cross-entropy of `outputs['logits'] (B, C)` and `batch['y'] (B, C)` in [0, 1], positives weighted by `pos_weight` (C values).
+def bce(pos_weight=None, targets=(0., 1.), weight=None) -> Callable:
+    """Binary cross-entropy of `outputs['logits'] (B, C)` and `batch['y'] (B, C)` in [0, 1], positives weighted by `pos_weight`, whole criteria by `weight` (C values).
 
     Label smoothing is said by the values it trains towards: `targets` of a negative and of a positive label."""
     low, high = _check_targets(targets)
     def loss(outputs, batch):
         logits = outputs["logits"].float()
-        return F.binary_cross_entropy_with_logits(logits, low + (high - low)*batch["y"], pos_weight=_weights(pos_weight, logits))
+        return F.binary_cross_entropy_with_logits(logits, low + (high - low)*batch["y"], _weights(weight, logits), pos_weight=_weights(pos_weight, logits))
     return loss
 
 def focal(alpha: float = 0.25, gamma: float = 2.0, targets=(0., 1.)) -> Callable:
@@ -105,6 +106,12 @@ def pos_weight_proof(term: LossTerm, pos_weight, classes: int = 3, slip: bool = 
     "Proof that the positives of each criterion really weigh `pos_weight` in `term` (none asked: 1 each)."
     asked, seen = list(pos_weight or []) or [1.0]*classes, read_loss(term.fn, classes).positive
     return Proof("pos_weight", _say(asked), f"{_say(seen)} in the loss", np.allclose(seen, asked, rtol=1e-3), slip)
+
+def class_weight_proof(term: LossTerm, weight, pos_weight=(), classes: int = 3) -> Proof:
+    "Proof that each criterion weighs `weight` in `term`, positives and negatives alike but for their `pos_weight`."
+    asked, seen = np.array(list(weight) or [1.0]*classes), read_loss(term.fn, classes)
+    turned = np.allclose(seen.negative, asked, rtol=1e-3) and np.allclose(seen.positive, asked * np.array(list(pos_weight or []) or [1.0]*classes), rtol=1e-3)
+    return Proof("class_weight", _say(asked), f"{_say(seen.negative)} on negatives, {_say(seen.positive)} on positives in the loss", bool(turned))
 
 def focal_proof(term: LossTerm, alpha: float, gamma: float, classes: int = 3, slip: bool = False) -> Proof:
     "Proof that `term` weighs positives by `alpha`, negatives by `1 - alpha`, and easy ones down by `gamma`."
@@ -257,14 +264,17 @@ def sampling_proof(strategy: str, y, drawn, slip: bool = False) -> Proof:
 # %% ../nbs/lib/09_objectives.ipynb #a3b03991
 _MASKS = ("mask", "mask2")     # the second is MixUp's
 
-def random_flip(p: float = 0.5) -> Callable:
-    "Mirror whole clips left to right with probability `p`, masks with them; None, no augmentation, for `p` 0."
-    if p == 0: return None
-    def transform(batch):
-        chosen = torch.rand(len(batch["video"])).lt(p).to(batch["video"].device)
+@dataclass(frozen=True)
+class _Flip:
+    p: float
+    def __call__(self, batch):
+        chosen = torch.rand(len(batch["video"])).lt(self.p).to(batch["video"].device)
         def mirrored(x): return torch.where(chosen.view(-1, *[1]*(x.ndim - 1)), x.flip(-1), x)
         return batch | {k: mirrored(batch[k]) for k in ("video", *_MASKS) if k in batch}
-    return transform
+
+def random_flip(p: float = 0.5) -> Callable:
+    "Mirror whole clips left to right with probability `p`, masks with them; None, no augmentation, for `p` 0."
+    return _Flip(p) if p else None
 
 # %% ../nbs/lib/09_objectives.ipynb #bc584790
 _COLOUR = dict(brightness=adjust_brightness_accumulative, contrast=adjust_contrast_with_mean_subtraction,
@@ -370,15 +380,41 @@ def _augment_proof(part, name, value, per, frame, slip):
     words = f"changes {changed:.0%} of clips, a pixel by {by_how_much:.1f} of 255; frames of a still clip {'stay alike' if alike else 'differ'}"
     return Proof(name, f"{value:g}, drawn by {per}", words, changed > 0 and getattr(part, name) == value and alike == (per == "clip"), slip)
 
+def _fill_proof(part, slip):
+    "What a mask of ones holds once it was turned."
+    ones = torch.ones(8, 1, 32, 32, dtype=torch.long)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        new = Augment(rotation=part.rotation, fill=part.fill)(dict(video=torch.zeros(8, 1, 3, 32, 32, dtype=torch.uint8), mask=ones))["mask"]
+    found = sorted(set(new.unique().tolist()) - {1})
+    return Proof("fill", f"mask pixels from outside the frame are {IGNORE}, of no known class", f"they are {' '.join(map(str, found)) or 'none'}{', background' if 0 in found else ''}", found == [IGNORE], slip)
+
 def augment_proofs(transform, asked: dict, batch: dict, slips=()) -> list[Proof]:
-    "Proof, for each knob of `Augment` that is not 0 in `asked`, that `transform` has it and it changes frames so; `slips` name those expected not to."
+    """Proof, for each knob of `Augment` that is not 0 in `asked`, that `transform` has it and it changes frames so; `slips` name those expected not to.
+
+    Where the batch has masks that are turned, also that what turns in from outside is of no known class (`fill`)."""
     part, found = _part(transform, Augment), []
     for name in AUGMENTATIONS:
         if not asked.get(name): continue
         per = "clip" if name == "rotation" else asked.get("per", "clip")
         found.append(_augment_proof(part, name, asked[name], per, _liveliest(batch["video"]), name in slips) if part else
                      Proof(name, f"{asked[name]:g}, drawn by {per}", "no augmentation in the transform", False))
+    if part and part.rotation and asked.get("rotation") and "mask" in batch: found.append(_fill_proof(part, "fill" in slips))
     return found
+
+def flip_proof(transform, p: float, draws: int = 4000) -> Proof:
+    "Proof that the flips of `transform`, whatever else it does, mirror a share `p` of clips, and their masks with them."
+    flips = [t for t in getattr(transform, "parts", [transform]) if isinstance(t, _Flip)]
+    frame = torch.arange(4, dtype=torch.uint8).expand(draws, 2, 3, 4, 4)
+    batch = dict(video=frame, mask=frame[:, :, 0].long())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        new = compose(*flips)(batch) if flips else batch
+    mirrored = (new["video"] == frame.flip(-1)).flatten(1).all(1)
+    alike = torch.equal(new["mask"], new["video"][:, :, 0].long()) and bool((mirrored | (new["video"] == frame).flatten(1).all(1)).all())
+    share = mirrored.float().mean().item()
+    return Proof("flip", f"{p:.0%} of clips, masks alike", f"{share:.1%} of {draws:,} draws mirrored, masks {'alike' if alike else 'not'}",
+                 alike and abs(share - p) <= 4*math.sqrt(p*(1 - p)/draws))
 
 # %% ../nbs/lib/09_objectives.ipynb #d532abaf
 def mixup(batch: dict, order, lam) -> dict:
@@ -454,3 +490,29 @@ def mix_proof(transform, asked: dict, draws: int = 300, slip: bool = False) -> P
     far = np.abs(counts/draws - wanted) > 4*np.sqrt(wanted*(1 - wanted)/draws) + .02
     says = words.format(*counts/draws) + (", labels" if labels else ", not the labels") + (" and masks alike" if masks else ", not the masks")
     return Proof("mixing", words.format(*wanted), says, bool(labels and masks == asked.get("masks", True) and not far.any()), slip)
+
+def _power(alpha, k):
+    "The mean of x**k where x is drawn from Beta(alpha, alpha)."
+    return math.exp(math.lgamma(alpha + k) + math.lgamma(2*alpha) - math.lgamma(alpha) - math.lgamma(2*alpha + k))
+
+def alpha_proofs(transform, asked: dict, draws: int = 1000) -> list[Proof]:
+    """Proof that the shares that the `Mix` of `transform` blends and pastes are spread as by `mixup_alpha` and `cutmix_alpha` in `asked`, where each is used.
+
+    Measured by the mean squared distance of the second clip's share from a half: that of Beta(alpha, alpha), for CutMix of a box cut at the borders."""
+    part, found, n = _part(transform, Mix), [], 32
+    batch = dict(video=torch.zeros(8, 1, 1, n, n, dtype=torch.uint8), y=torch.eye(8))
+    for name in ("mixup", "cutmix"):
+        if not asked[name]: continue
+        alpha, has = asked[f"{name}_alpha"], getattr(part, f"{name}_alpha", math.nan)
+        square, mean = _power(alpha, 2), .5
+        if name == "cutmix":
+            square, mean = square - 5/6*_power(alpha, 2.5) + 25/144*_power(alpha, 3), .5 - _power(alpha, 1.5)/2 + square/16
+        wanted = square - mean + .25
+        alone = part and replace(part, **dict(mixup=0., cutmix=0.) | {name: 1.})
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            share = torch.stack([1 - alone(batch)["y"].diagonal().min() for _ in range(draws)]).sub(.5).square() if part else torch.full((2,), math.nan)
+        seen, spread = share.mean().item(), share.std().item()
+        found.append(Proof(f"{name}_alpha", f"Beta({alpha:g}, {alpha:g}): squared distance of the share from a half {wanted:.4f}", f"Beta({has:g}, {has:g}), {seen:.4f} in {draws:,} draws",
+                           has == alpha and abs(seen - wanted) < 4*spread/math.sqrt(draws) + 1e-3))
+    return found
