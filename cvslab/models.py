@@ -6,12 +6,15 @@
 __all__ = ['LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'RotaryAttention', 'cache_rotary', 'load_backbone',
            'load_frames', 'input_size', 'depth_of', 'fingerprint', 'AttentionPooler', 'MeanPooler', 'LSTMPooler',
            'mlp_head', 'add_lora', 'lora_modules', 'lora_size', 'count_lora', 'upper_layers', 'projections_proof',
-           'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT', 'SwinFrames',
-           'Hybrid', 'Video', 'Images', 'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise',
-           'VideoClassifier', 'build_model', 'idea_proofs', 'members_proof', 'group_of', 'trainable']
+           'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT', 'masked_norm',
+           'masked_norm_proof', 'sizes_proof', 'SwinFrames', 'Hybrid', 'stage_proof', 'Video', 'Images',
+           'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise', 'VideoClassifier', 'build_model',
+           'idea_proofs', 'members_proof', 'group_of', 'trainable']
 
 # %% ../nbs/lib/08_models.ipynb #38e482a1
 import re
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +30,7 @@ from transformers.models.swinv2.modeling_swinv2 import Swinv2Layer
 from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2DropPath, VJEPA2RopeAttention
 from transformers.utils import logging
 
-from .attention import mask_tokens, set_attention
+from .attention import mask_tokens, set_attention, token_mask
 from .core import Proof, digest, root, seed_all
 from .demo import DEMO_BACKBONE
 
@@ -344,6 +347,33 @@ class WindowViT(nn.Module):
             x = checkpoint(self._block, i, x, use_reentrant=False) if self.recompute and self.training else self._block(i, x)
         return self.norm(x).flatten(1, 2)
 
+# %% ../nbs/lib/08_models.ipynb #4df4bafb
+def masked_norm(anatomy=(1, 2, 3, 4, 5, 6, 255), how: str = "nearest") -> Callable:
+    "`context(model, batch)` of a training on a `WindowViT`: its final tokens times the `token_mask` of `batch['mask']`, as `mask_tokens` for V-JEPA 2; masks of MixUp are mixed alike."
+    @contextmanager
+    def context(model, batch):
+        grid = (batch["video"].shape[1] // 2, model.backbone.side, model.backbone.side)
+        mask = token_mask(batch["mask"], grid, anatomy, how)
+        if "mask2" in batch: mask = batch["lam"]*mask + (1 - batch["lam"])*token_mask(batch["mask2"], grid, anatomy, how)
+        hook = model.backbone.norm.register_forward_hook(lambda module, args, out: out * mask.view(*out.shape[:3], 1).to(out))
+        try: yield
+        finally: hook.remove()
+    return context
+
+@torch.no_grad()
+def masked_norm_proof(model: "VideoClassifier", context: Callable, batch: dict) -> Proof:
+    "Proof that in `context` tokens of the clips of `batch` that have a mask are zero, of the others none."
+    told = (batch["mask"] != 255).flatten(1).any(1)
+    with context(model, batch): zero = (model.backbone.get_vision_features(model.normalise(batch["video"])) == 0).all(-1)
+    words = f"{int(told.sum())} of {len(told)} clips with a mask, {zero[told].float().mean():.1%} of their tokens zero, {zero[~told].float().sum():.0f} of others"
+    return Proof("token mask", "final tokens times the mask, in training", words, bool(zero[told].any() and not zero[~told].any()))
+
+def sizes_proof(encoder: WindowViT, dim: int, layers: int, heads: int) -> Proof:
+    "Proof that a `WindowViT` has the width, layers and heads asked for, in its weights."
+    seen = [(layer.attention.self.query.in_features, layer.attention.self.logit_scale.shape[0]) for layer in encoder.layers]
+    words = f"{len(seen)} layers of width {' '.join(str(w) for w in sorted({w for w, _ in seen}))} with {' '.join(str(h) for h in sorted({h for _, h in seen}))} heads"
+    return Proof("sizes", f"{layers} layers of width {dim} with {heads} heads", words, seen == [(dim, heads)]*layers and encoder.position.shape[-1] == dim)
+
 # %% ../nbs/lib/08_models.ipynb #fc02efc5
 class _Frames(nn.Module):
     "What holds a SwinV2 for single frames: frozen, it stays in evaluation mode, where nothing is dropped."
@@ -406,6 +436,17 @@ class Hybrid(_Frames):
         x = self.projection(x.transpose(2, 3).flatten(3)).flatten(1, 2)
         for layer in self.video.encoder.layer: x = layer(x)[0]
         return self.video.encoder.layernorm(x)
+
+@torch.no_grad()
+def stage_proof(encoder: Hybrid, stage: int) -> Proof:
+    "Proof that a `Hybrid` takes the map of SwinV2's `stage`: its places and channels, measured on an empty frame."
+    swin = encoder.frames.config
+    side, wide = swin.image_size // swin.patch_size // 2**(stage - 1), swin.embed_dim * 2**(stage - 1)
+    mode, weight = encoder.training, next(encoder.parameters())
+    places, channels = encoder.eval()._see(weight.new_zeros(1, 1, 3, swin.image_size, swin.image_size)).last_hidden_state.shape[1:]
+    encoder.train(mode)
+    return Proof("stage", f"{stage}: {side} x {side} places of {wide} channels", f"{places} places of {channels} channels after {len(encoder.frames.encoder.layers)} stages",
+                 (places, channels, len(encoder.frames.encoder.layers)) == (side**2, wide, stage))
 
 class Video(nn.Module):
     "Another video transformer of transformers that gives tokens `(B, N, D)`, VideoMAE (arXiv 2203.12602) for one; from a folder, a hub id, or a configuration."

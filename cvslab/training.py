@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEVICES', 'TRACKERS', 'CVS', 'Recipe', 'accelerator', 'Order', 'draws', 'param_groups', 'predict',
-           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed',
-           'largest_micro_batch', 'estimate', 'fit', 'load_last', 'load_best', 'load_trained', 'Task', 'report',
-           'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
+           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed', 'Task',
+           'report', 'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
 
 # %% ../nbs/lib/10_training.ipynb #9295e276
 import copy, inspect, math, re, shutil, signal, threading, time
@@ -28,12 +27,11 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch.utils.data import DataLoader, Dataset, Sampler
 from peft.tuners.lora import LoraLayer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attention_proofs, encoder_of, has_anatomy, plan_proof, reads_mask
 from .core import Proof, Run, atomic, derive_seed, digest, main_process, rel, root, seed_all
 from .metrics import CRITERIA, ap_per_criterion, check_comparable, compare, protocol_differences, score_cvs
-from .models import ENCODERS, POOLERS, VideoClassifier, build_model, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
+from .models import ENCODERS, POOLERS, VideoClassifier, build_model, compile_layers, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
 from .objectives import LossTerm
 from .storage import Mirror
 
@@ -588,24 +586,17 @@ def estimate(model: VideoClassifier, datasets: dict[str, Dataset], recipe: Recip
                          ("disk", f"{files/1e6:.1f} MB", f"the last two epochs and the best; {free/1e9:.0f} GB free")], columns=["what", "takes", "of"]).set_index("what")
 
 def _compile(acc, model, train, recipe):
-    "A context in which the encoder's layers are those of torch.compile, equal ones compiled once; one that does nothing, with a note, where that fails."
-    layers = [m for m in model.backbone.modules() if isinstance(m, GradientCheckpointingLayer)] if recipe.compile else []
-    if layers and (model.spec.get("attention") or model.spec.get("masked_tokens")):
-        print("note: layers with another attention are not compiled: training goes on without torch.compile")
-        layers = []
-    made = [torch.compile(m.forward, dynamic=False, options=dict(fallback_random=True)) for m in layers]      # random numbers as without it
-    @contextmanager
-    def fast():
-        for m, forward in zip(layers, made): m.forward = forward
-        try: yield
-        finally:
-            for m in layers: vars(m).pop("forward", None)
-    try:
-        with _trial(model), fast(): list(_steps(acc, model, train, recipe, 1)) if layers else None
-    except Exception as e:
-        print(f"note: torch.compile fails here ({type(e).__name__}: {str(e).strip().splitlines()[0]}): training goes on without it")
-        layers.clear()
-    return fast
+    "The context `fit` trains an epoch in: that of `compile_layers` where the recipe says so and a step in it succeeds; else, with a note, one that does nothing."
+    if not recipe.compile: return nullcontext
+    if model.spec.get("attention") or model.spec.get("masked_tokens"): reason = "layers with another attention are not compiled"
+    else:
+        fast = compile_layers(model.backbone)
+        try:
+            with _trial(model), fast(): list(_steps(acc, model, train, recipe, 1))
+            return fast
+        except Exception as e: reason = f"it fails here ({type(e).__name__}: {(str(e).strip() or "no reason given").splitlines()[0]})"
+    print(f"note: training goes on without torch.compile: {reason}")
+    return nullcontext
 
 def _train_scores(acc, model, train, recipe, ys, logits, size):
     if recipe.train_scores == "running": return recipe.score(torch.cat(ys).cpu().numpy(), torch.cat(logits).cpu().numpy())
