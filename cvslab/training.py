@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEVICES', 'TRACKERS', 'CVS', 'Recipe', 'accelerator', 'Order', 'draws', 'param_groups', 'predict',
-           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed', 'Task',
-           'report', 'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
+           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed',
+           'largest_micro_batch', 'estimate', 'fit', 'load_last', 'load_best', 'load_trained', 'Task', 'report',
+           'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
 
 # %% ../nbs/lib/10_training.ipynb #9295e276
 import copy, inspect, math, re, shutil, signal, threading, time
@@ -594,7 +595,7 @@ def _compile(acc, model, train, recipe):
         try:
             with _trial(model), fast(): list(_steps(acc, model, train, recipe, 1))
             return fast
-        except Exception as e: reason = f"it fails here ({type(e).__name__}: {(str(e).strip() or "no reason given").splitlines()[0]})"
+        except Exception as e: reason = f"it fails here ({type(e).__name__}: {str(e).strip().partition(chr(10))[0]})"
     print(f"note: training goes on without torch.compile: {reason}")
     return nullcontext
 
