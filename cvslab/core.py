@@ -147,7 +147,7 @@ Supervision = Literal["mass", "kl"]
 Masking = Literal["none", "mask", "bias", "tokens"]
 Family = Literal["vjepa2", "videomae", "images"]
 Arm = Literal["hybrid", "swincvs"]
-Slip = Literal["pos_weight", "keys", "predictor", "norm", "hue", "fill", "gradient", "labels", "warmup"]
+Slip = Literal["pos_weight", "keys", "predictor", "norm", "hue", "fill", "gradient", "labels", "warmup", "val_frames"]
 
 
 class ParameterError(ValueError):

@@ -691,7 +691,8 @@ def _shape_proofs(model, vision, changes, reading, video):
     bins, side = (reading.get("keep") or video.shape[1]) // vision.config.tubelet_size, (changes.get("size") or vision.config.crop_size) // vision.config.patch_size
     middle, views, tokens = len(reading.get("layers", ())), 1 + bool(reading.get("centre")), model.encode(video).shape[1]
     asked = bins * side**2 * (1 + middle) * views
-    yield Proof("tokens", f"{bins} bins of {side} x {side}, {middle} middle layers, {views} views: {asked:,}", f"{tokens:,}", tokens == asked)
+    grid = vision.encoder.layer[0].attention.grid_size                                # what rotary positions are made for
+    yield Proof("tokens", f"{bins} bins of {side} x {side}, {middle} middle layers, {views} views: {asked:,}", f"{tokens:,}, positions of {grid} x {grid}", tokens == asked and grid == side)
     if reading.get("keep"): yield _kept_proof(model, video, reading["keep"])
 
 @torch.no_grad()
