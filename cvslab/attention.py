@@ -686,7 +686,8 @@ def _proof(kind, sites, model, mask, run) -> Proof:
         return Proof("attention window", f"windows of {windows.size}, {layers}, {shifted} shifted", seen, turned and windows.count > 1)
     told = int((mask != mask[:, :1]).any(1).sum())
     clips, moved = f"{told} of {len(mask)} clips with a mask", f"mass {mass:.3f} -> {new_mass:.3f}" if sites else ""
-    if kind == "mask": return Proof("attention mask", f"no attention outside the mask, {layers}", f"{clips}, {moved}", turned and told > 0 and new_mass > .999)
+    if kind == "mask":      # a clip whose mask is empty has nothing to keep to
+        return Proof("attention mask", f"no attention outside the mask, {layers}", f"{clips}, {moved}", turned and told > 0 and new_mass > .999*mask.gt(0).any(1).float().mean().item())
     if kind == "bias": return Proof("attention bias", f"{plan.bias:+g} on the mask, {layers}", f"{clips}, {moved}", turned and told > 0 and (new_mass > mass) == (plan.bias > 0))
     if kind == "tokens":
         zero = (new == 0).all(-1).float().mean().item()
