@@ -269,7 +269,7 @@ def _window_vit_proofs(model, asked, noise):
     "Windows, shift, time and dropped paths of a `WindowViT`, seen by what a change of one token or bin reaches."
     encoder, side, window, bins = model.backbone, model.backbone.side, asked["window"], noise.shape[1] // 2
     def touched(layer):
-        x = torch.randn(1, side**2, asked["dim"], device=noise.device)
+        x = torch.randn(1, side**2, encoder.config.hidden_size, device=noise.device)
         y = x.index_add(1, torch.tensor([(window - 1) * (side + 1)], device=x.device), torch.ones_like(x[:, :1]))
         return (layer(x, (side, side))[0] - layer(y, (side, side))[0]).abs().amax((0, 2)) > 1e-6
     first, second = (touched(encoder.layers[i % asked["layers"]]) for i in (0, 1))
