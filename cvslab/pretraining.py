@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ANATOMY', 'LEAST', 'Blocks', 'draw_blocks', 'split_tokens', 'Pretrainer', 'jepa_loss', 'skill', 'following',
-           'guided', 'anatomy_map', 'target_proof', 'guide_proof', 'hold_out', 'random_backbone', 'join', 'video_proof',
-           'spread', 'blocks_figure', 'skill_figure', 'save_card']
+           'guided', 'anatomy_map', 'target_proof', 'start_proof', 'blocks_proof', 'guide_proof', 'hold_out',
+           'random_backbone', 'join', 'video_proof', 'hold_out_proof', 'spread', 'blocks_figure', 'skill_figure',
+           'save_card']
 
 # %% ../nbs/lib/11d_pretraining.ipynb #81b3ef2e
 import copy
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -155,30 +156,60 @@ def anatomy_map(mask: torch.Tensor, grid: Grid) -> torch.Tensor:
 
 # %% ../nbs/lib/11d_pretraining.ipynb #53875ec9
 @torch.no_grad()
-def target_proof(model: Pretrainer, after_step, slip: bool = False) -> Proof:
-    "Proof that `after_step` moves the target towards the encoder; the model is left as it was."
+def target_proof(model: Pretrainer, after_step, momentum: float, slip: bool = False) -> Proof:
+    "Proof that a step keeps `momentum` of the target at first, moving it towards the encoder, and all of it at last; the model is left as it was."
     before, encoder = (copy.deepcopy(m.state_dict()) for m in (model.target, model.backbone.encoder))
-    for p in model.backbone.encoder.parameters(): p.add_(0.01)
-    def distance(): return sum((a - b).abs().sum().item() for a, b in zip(model.target.parameters(), model.backbone.encoder.parameters()))
-    far = distance()
-    after_step(model, 0.)
-    moved = 1 - distance() / far
-    model.target.load_state_dict(before)
+    for p in model.backbone.encoder.parameters(): p.add_(1.)
+    def gap(): return sum((a - b).abs().sum(dtype=torch.double).item() for a, b in zip(model.target.parameters(), model.backbone.encoder.parameters()))
+    far, kept = gap(), []
+    for share in (0., 1.):
+        after_step(model, share)
+        kept.append(gap() / far)
+        model.target.load_state_dict(before)
     model.backbone.encoder.load_state_dict(encoder)
-    return Proof("target", "follows the encoder", f"closes {moved:.2%} of the gap in a step", 0 < moved < 1, slip)
+    turned = momentum < 1 and np.allclose(kept, (momentum, 1), atol=1e-4)
+    return Proof("target", f"{momentum:g} of it kept in the first step, all in the last", f"{kept[0]:.4g} and {kept[1]:.4g} of the gap to the encoder stay", turned, slip)
 
-def guide_proof(model: Pretrainer, batch: dict, context, slip: bool = False) -> Proof:
-    "Proof that `context` makes the blocks of a batch with masks hide more anatomy than blocks drawn anywhere."
-    grid = clip_grid(model.backbone, batch["video"].shape[1])
+def start_proof(model: Pretrainer, like: str, random: bool) -> Proof:
+    "Proof that the encoder starts from `random` weights, or from those of the backbone `like`."
+    theirs = dict(load_backbone(like).encoder.named_parameters())
+    same = [torch.equal(p.cpu(), theirs[n]) for n, p in model.backbone.encoder.named_parameters() if p.ndim > 1]
+    return Proof("start", "random weights" if random else "the weights of the backbone", f"{sum(same)} of {len(same)} matrices are those of the backbone", sum(same) == (0 if random else len(same)))
+
+def blocks_proof(model: Pretrainer, asked, frames: int) -> list[Proof]:
+    "Proof that the masks of `model` are of the kinds `asked`: so many blocks, each hiding its share of a frame up to whole tokens, through all bins."
+    grid, rows = clip_grid(model.backbone, frames), []
+    def hidden(kind, n):
+        generator = torch.Generator().manual_seed(0)
+        return torch.cat([draw_blocks(grid, 16, replace(kind, n=n), generator=generator) for _ in range(32)]).view(-1, *grid)
+    for i, kind in enumerate(asked):
+        mine = model.kinds[i] if i < len(model.kinds) else Blocks(1, 0.)
+        one, together = hidden(mine, 1), hidden(mine, mine.n)
+        share, union, still = one.float().mean().item(), together.float().mean().item(), bool((together == together[:, :1]).all())
+        turned = mine.n == kind.n and abs(share - kind.scale) <= kind.scale**0.5/min(grid[1:]) and (kind.n == 1 or union > share) and still
+        words = f"{mine.n} of {share:.1%}, together {union:.1%}, {'through time' if still else 'not through time'}"
+        rows.append(Proof(f"blocks {i + 1}", f"{kind.n} of {kind.scale:.0%} of a frame, through time", words, turned))
+    return rows
+
+def guide_proof(model: Pretrainer, batch: dict, context, share: float, slip: bool = False) -> Proof:
+    "Proof that `context` draws blocks towards the anatomy of a batch with masks in a `share` of tries, and that they then hide more of it than anywhere else."
+    grid, tries = clip_grid(model.backbone, batch["video"].shape[1]), 128
     there = (batch["mask"] != 255).flatten(2).any(-1).any(1)
     weight = anatomy_map(batch["mask"], grid)[there]
     weight = (weight / weight.mean((1, 2), keepdim=True)).flatten(1).cpu()
-    def share(guide, draw): return (draw_blocks(grid, int(there.sum()), model.kinds[0], guide, torch.Generator().manual_seed(draw)).view(-1, grid[0], grid[1]*grid[2])[:, 0] * weight).sum() / weight.sum()
-    anywhere, found, tries = 0., 0., 32
-    for draw in range(tries):
-        with context(model, batch): guide = None if model.guide is None else model.guide[there]
-        anywhere, found = anywhere + share(None, draw)/tries, found + share(guide, draw)/tries
-    return Proof("anatomy in blocks", "more than by chance", f"{found:.1%} of it hidden, {anywhere:.1%} by chance, {int(there.sum())} of {len(there)} clips with a mask", bool(found > anywhere), slip)
+    def covered(guide, draw): return ((draw_blocks(grid, int(there.sum()), model.kinds[0], guide, torch.Generator().manual_seed(draw)).view(-1, grid[0], grid[1]*grid[2])[:, 0] * weight).sum() / weight.sum()).item()
+    guides = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(tries):
+            with context(model, batch): guides.append(model.guide)
+    told = [g[there] for g in guides if g is not None]
+    anywhere = np.mean([covered(None, i) for i in range(32)])
+    found = np.mean([covered(g, i) for i, g in enumerate(told[:32])]) if told else 0.
+    often = len(told)/tries
+    words = f"in {often:.0%} of batches, with {found:.1%} of it hidden, {anywhere:.1%} by chance; {int(there.sum())} of {len(there)} clips with a mask"
+    turned = found > anywhere and abs(often - share) <= 4*(share*(1 - share)/tries)**0.5
+    return Proof("anatomy in blocks", f"more than by chance, in {share:.0%} of batches", words, bool(turned), slip)
 
 def hold_out(dataset: ClipDataset, share: float = 0.15, seed: int = 0) -> tuple[ClipDataset, ClipDataset]:
     "The clips of `dataset` in two, by video: to train on, and a `share` of the videos (at least one) to validate on."
@@ -207,6 +238,12 @@ def video_proof(*datasets: ClipDataset, slip: bool = False) -> Proof:
     clips = pd.concat([d.clips for d in datasets])
     counts = clips.groupby("split")["video"].nunique().to_dict()
     return Proof("videos", "of train alone", ", ".join(f"{n} of {s}" for s, n in counts.items()), set(counts) == {"train"}, slip)
+
+def hold_out_proof(train: ClipDataset, held: ClipDataset, share: float) -> Proof:
+    "Proof that a `share` of the videos is held out, and none of them trained on."
+    ours, theirs = (set(d.clips["video"]) for d in (train, held))
+    right = not ours & theirs and len(theirs) == max(1, round(share*len(ours | theirs)))
+    return Proof("held-out videos", f"{share:.0%}, none of them trained on", f"{len(theirs)} of {len(ours | theirs)}, {len(ours & theirs)} of them trained on", right)
 
 @torch.no_grad()
 def spread(where: str, dataset: ClipDataset, clips: int = 32) -> dict:
@@ -250,7 +287,7 @@ def skill_figure(history: pd.DataFrame):
 def save_card(folder: Path, run: Run, history: pd.DataFrame) -> Path:
     "Write the model card of a pretrained backbone: what it was trained on, how, and what it must not be taken for."
     last = history.iloc[-1]
-    words = ["drawn clips: it knows nothing of surgery" if run.demo else "clips of the train videos of its data", "train and val" if run.params["val_frames"] else "train"]
+    words = ["drawn clips: it knows nothing of surgery" if run.demo else "clips of the train videos of its data", "train and val" if "val_frames" in run.params["slips"] else "train"]
     settings = "\n".join(f"- {k}: {v}" for k, v in run.params.items() if k not in MACHINE)
     return save(folder/"README.md", f"# Backbone of {run.experiment}\n\nA `VJEPA2Model` pretrained by V-JEPA's objective on {words[0]} (videos of {words[1]}, no labels).\n"
                 f"After {int(last['epoch'])} epochs the predictor explains {last['val_skill']:.1%} of the best constant's L1 on held-out videos.\n\n{settings}\n")

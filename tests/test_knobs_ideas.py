@@ -6,12 +6,12 @@ from conftest import ROOT
 from pages import run_page, small
 from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
 
-from cvslab import attention, endoscapes, models, objectives, training
+from cvslab import attention, endoscapes, models, objectives, pretraining, training
 from cvslab.core import ParameterError
 from cvslab.objectives import bce, segmentation
 from cvslab.training import PreflightError
 
-IDEAS = "18_ideas"
+IDEAS, PRETRAINING = "18_ideas", "17_domain_pretraining"
 
 def instead(function, **change): return lambda *args, **kwargs: function(*args, **kwargs | change)
 def windows(function=endoscapes._windows, **change): return lambda video, chosen, protocol: function(video, chosen, dataclasses.replace(protocol, **change))
@@ -63,6 +63,31 @@ BROKEN = {   # knob: parameters, where it is broken, under which name, by what, 
     "frozen is adapted": (dict(with_frozen=True), models, "build_model", built(lora=dict(rank=16, targets=["q", "v"])), "member frozen: asked head from weights of its own; seen lora head"),
 }
 
+def drawn(draw=pretraining.draw_blocks, **change): return lambda grid, batch, kind, *rest, **more: draw(grid, batch, dataclasses.replace(kind, **change), *rest, **more)
+def held(hold_out=pretraining.hold_out): return lambda clips, share: (clips, hold_out(clips, share)[1])
+def as_it_is(like, seed, folder):
+    models.load_backbone(like).save_pretrained(folder)
+    return folder
+
+BROKEN_17 = {   # the same of pretraining
+    "target stands still": ({}, pretraining, "following", lambda momentum: lambda model, share: None, "target: asked 0.99 of it kept in the first step, all in the last; seen 1 and 1"),
+    "another momentum": ({}, pretraining, "following", lambda momentum, following=pretraining.following: following(.9), "target: asked 0.99 of it kept in the first step, all in the last; seen 0.9 and 1"),
+    "momentum does not rise": ({}, pretraining, "following", lambda momentum: lambda model, share: model.follow(momentum), "seen 0.99 and 0.99"),
+    "blocks as by default": ({}, pretraining, "Pretrainer", lambda backbone, kinds, model=pretraining.Pretrainer: model(backbone), "blocks 1: asked 3 of 15% of a frame, through time; seen 8 of"),
+    "one block of many": ({}, pretraining, "draw_blocks", drawn(n=1), "blocks 1: asked 3 of 15%"),
+    "smaller blocks": (dict(large_scale=.7), pretraining, "draw_blocks", drawn(scale=.15), "blocks 2: asked 1 of 70%"),
+    "blocks for a moment": ({}, pretraining, "draw_blocks", drawn(time=.5), "not through time"),
+    "never guided": (dict(guided=.7), pretraining, "guided", lambda share, guided=pretraining.guided: guided(0.), "anatomy in blocks: asked more than by chance, in 70% of batches; seen in 0%"),
+    "always guided": (dict(guided=.5), pretraining, "guided", lambda share, guided=pretraining.guided: guided(1.), "anatomy in blocks: asked more than by chance, in 50% of batches; seen in 100%"),
+    "guided anywhere": (dict(guided=.7), pretraining, "ANATOMY", (1.,)*7, "anatomy in blocks: asked more than by chance, in 70%"),
+    "val is no slip": (dict(slips=["val_frames"]), pretraining, "video_proof", instead(pretraining.video_proof, slip=False), "videos: asked of train alone"),
+    "held-out videos trained on": ({}, pretraining, "hold_out", held(), "held-out videos: asked 15%, none of them trained on"),
+    "half of the videos held out": ({}, pretraining, "hold_out", lambda clips, share, hold_out=pretraining.hold_out: hold_out(clips, .5), "held-out videos: asked 15%"),
+    "scratch that is not": ({}, pretraining, "random_backbone", as_it_is, "start: asked random weights"),
+    "random where weights were asked": (dict(from_scratch=False), models, "load_backbone", lambda name, load=models.load_backbone: models.VJEPA2Model(load(name).config), "start: asked the weights of the backbone; seen 0 of"),
+    "always mirrored": ({}, objectives, "random_flip", lambda p, flip=objectives.random_flip: flip(1.), "flip: asked"),
+}
+
 INERT = {"hierarchical": dict(hierarchical=True), "train_only": dict(train_only="attention"), "rank 16": dict(family="images", backbone="weights/images"),
          "targets": dict(rank=0, targets=["q", "k"]), "masking mask": dict(window=[1, 2, 2], masking="mask")}
 
@@ -85,6 +110,17 @@ def test_a_broken_idea_stops_the_run(knob, scratch, monkeypatch):
     if where: monkeypatch.setattr(where, name, broken)
     with pytest.raises(PreflightError) as stopped: begun(scratch, IDEAS, knob, change)
     assert says in str(stopped.value)
+
+@pytest.mark.parametrize("knob", BROKEN_17)
+def test_a_broken_pretraining_stops_the_run(knob, scratch, monkeypatch):
+    change, where, name, broken, says = BROKEN_17[knob]
+    monkeypatch.setattr(where, name, broken)
+    with pytest.raises(PreflightError) as stopped: begun(scratch, PRETRAINING, knob, change)
+    assert says in str(stopped.value)
+
+def test_frames_of_val_are_a_declared_slip(scratch):
+    run = begun(scratch, PRETRAINING, "slip", dict(slips=["val_frames"], precision="bf16"))["own"]
+    assert [(p["knob"], p["slip"]) for p in run.load("applied.json")["proofs"] if not p["turned"]] == [("videos", True)]
 
 @pytest.mark.parametrize("knob", INERT)
 def test_a_knob_that_would_turn_nothing_is_an_error(knob, scratch):
