@@ -67,7 +67,7 @@ BROKEN = {   # knob: page, parameters, where it is broken, under which name, by 
     "augmentation not composed": ("10_lora", dict(rotation=15), objectives, "compose", lambda *transforms: transforms[0], "rotation: asked 15"),
     "mirrored too seldom": ("10_lora", dict(rotation=15), objectives, "random_flip", lambda p: random_flip(.9*p), "flip: asked 50%"),
     "masks that nothing reads": ("10_lora", dict(masks="boxes"), None, "", None, "mask source: asked boxes"),
-    "supervised by one mask alone": ("11_attention_supervision", dict(masks="boxes"), endoscapes, "add_masks", no_boxes, "mask source: asked boxes"),
+    "supervised without boxes": ("11_attention_supervision", dict(masks="boxes"), endoscapes, "add_masks", no_boxes, "mask source: asked boxes"),
     "masks of a run that reads none": ("11_attention_supervision", dict(masks="boxes", weight=0), None, "", None, "mask source: asked boxes"),
     "supervised, classes weigh alike": ("11_attention_supervision", dict(seg_weight=.3), objectives, "segmentation", alike, "seen 1.76"),
     "regularised, classes weigh alike": ("12_regularized", dict(seg_weight=.3), objectives, "segmentation", alike, "seen 1.76"),

@@ -11,7 +11,7 @@ from cvslab import attention, endoscapes, objectives, training
 from cvslab.core import seed_all
 from cvslab.models import WindowViT, build_model
 from cvslab.objectives import LossTerm, Mix, bce, has_mask
-from cvslab.training import PreflightError, Recipe, cvs_scores, fit, load_trained, predict, preflight
+from cvslab.training import PreflightError, Recipe, cvs_scores, first_batch, fit, load_trained, predict, preflight
 
 SUPERVISED, REGULARIZED, SCRATCH, HYBRID, WINDOWS = "11_attention_supervision", "12_regularized", "13_window_vit", "14_hybrid", "15_window_attention"
 
@@ -162,3 +162,23 @@ def test_window_that_was_taken_off_stops(project):
 
 def test_window_that_does_not_divide_the_grid_is_named(project):
     with pytest.raises(ValueError, match=r"a window of 3 rows does not divide 4: choose from \[1, 2, 4\]"): begun(project, WINDOWS, window=[0, 3, 3])
+
+@pytest.mark.parametrize("page, table, until", [(HYBRID, "attention.csv", "training.compare_with"), (SCRATCH, "pooler.csv", "training.compare_with")])
+def test_before_is_the_model_that_was_trained(project, page, table, until):
+    values = small("a", lr_backbone=1e-12, lr_head=1e-12, flip=0)
+    names = run_page(project, page, {k: v for k, v in values.items() if page != SCRATCH or k != "backbone"}, until=until)
+    seen = names["run"].load(table)
+    assert len(seen) > 3
+    np.testing.assert_allclose(seen["after"], seen["before"], atol=1e-6, rtol=1e-5)
+
+def test_masked_tokens_of_the_windowed_vit_act_in_training_alone(project):
+    names = begun(project, SCRATCH, token_mask=True)
+    model, recipe, val = names["model"], names["recipe"], names["datasets"]["val"]
+    masked = first_batch(names["datasets"]["train"], replace(recipe, losses=dict(mask=LossTerm(None, applies=has_mask))))
+    model.eval()
+    with torch.no_grad():
+        plain = model(masked["video"])["logits"]
+        with recipe.context(model, masked): held = model(masked["video"])["logits"]
+    told = (masked["mask"] != 255).flatten(1).any(1)
+    assert (held - plain)[told].abs().max() > 1e-6 and torch.equal(held[~told], plain[~told])
+    np.testing.assert_array_equal(predict(model, val, recipe)[1], predict(model, val, replace(recipe, context=lambda model, batch: nullcontext()))[1])
