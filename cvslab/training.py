@@ -627,6 +627,8 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     Writes `history.csv` and one checkpoint an epoch. Train scores are taken on clean clips in evaluation mode, on at most as many as val has.
     Raises `RuntimeError` where no preflight was passed, `ValueError` where val has no positive clip, `FloatingPointError` when the loss is no number any more."""
     if not (run.dir/"applied.json").exists(): raise RuntimeError("no applied.json in the run folder: call preflight(model, train, recipe, run) before fit")
+    stuck = [p["knob"] for p in run.load("applied.json")["proofs"] if not p["turned"] and not p["slip"]]
+    if stuck: raise RuntimeError(f"the preflight of {rel(run.dir)} failed ({', '.join(stuck)}): mend that and call it again before fit")
     acc = accelerator(recipe)
     base, model = fingerprint(model), model.to(acc.device)
     groups = trainable(model)
