@@ -9,9 +9,10 @@ from pages import Toy, page_file, run_page, small, toy_run
 
 from cvslab.batch import collect, twins
 from cvslab.core import seed_all
-from cvslab.models import build_model
+from cvslab.models import build_model, load_backbone
 from cvslab.objectives import Augment, LossTerm, bce, compose, has_mask, random_flip, segmentation
-from cvslab.training import PreflightError, Recipe, cvs_scores, fit, predict, preflight
+from cvslab.pretraining import Blocks, Pretrainer, following, guided, jepa_loss, random_backbone, skill
+from cvslab.training import PreflightError, Recipe, cvs_scores, fit, load_last, predict, preflight
 
 def test_recorded_c2_weighting_is_a_twin_of_the_baseline(project):
     for name, page, file, change in (("plain", "02_baseline", "02.recorded", {}), ("asked", "06_c2_weighted", "06.recorded", {}),
@@ -46,7 +47,18 @@ def staged(folder):
 
 def multitask(folder): return trained(folder/"one", UPPER, 2)
 
-@pytest.mark.parametrize("experiment,cuts", [(multitask, (30, 80)), (staged, (40, 70, 90))], ids=["multitask", "staged"])
+def pretrained(folder, epochs=2):
+    "Pretraining from random weights as page 17 does it: history, and the model of the last epoch with its target."
+    seed_all(0)
+    model, run = Pretrainer(load_backbone(str(random_backbone("demo", 0, folder/"start"))), (Blocks(3, .15), Blocks(1, .5))), toy_run(folder/"one")
+    recipe = Recipe(dict(jepa=LossTerm(jepa_loss)), dict(backbone=5e-3), skill, monitor="skill", transform=random_flip(), context=guided(.5), after_step=following(.9),
+                    epochs=epochs, patience=epochs, batch_size=4, micro_batch=2, warmup_epochs=.5, device="cpu")
+    preflight(model, Toy(24, 0), recipe, run)
+    history = fit(model, Toy(24, 0), Toy(12, 1), recipe, run)
+    load_last(model, run)
+    return history, model
+
+@pytest.mark.parametrize("experiment,cuts", [(multitask, (30, 80)), (staged, (40, 70, 90)), (pretrained, (20, 75))], ids=["multitask", "staged", "pretraining"])
 def test_cut_and_continued_is_unbroken(experiment, cuts, tmp_path):
     history, model = experiment(tmp_path/"unbroken")
     broken = 0
@@ -57,11 +69,18 @@ def test_cut_and_continued_is_unbroken(experiment, cuts, tmp_path):
     pd.testing.assert_frame_equal(again, history, check_exact=True)
     for (name, a), b in zip(model.state_dict().items(), other.state_dict().values()): assert torch.equal(a, b), name
 
+def test_pretraining_predicts_better_than_a_constant(tmp_path):
+    history, model = pretrained(tmp_path, epochs=5)
+    assert history["constant"].min() > .3 and history["val_skill"].iloc[0] < 0 < history["val_skill"].iloc[-1]
+    assert not all(torch.equal(a, b) for a, b in zip(model.target.parameters(), model.backbone.encoder.parameters()))
+
 def test_second_stage_at_rate_zero_is_the_first(tmp_path):
     _, first = trained(tmp_path/"stage1", HEADS, 0)
     second, still = model_of(1), replace(UPPER, lr=dict(backbone=0., head=0.), train_scores="running")
     second.load_state_dict(first.state_dict())
     with pytest.raises(PreflightError, match="train backbone: asked learning rate 0"): preflight(second, Toy(24, 0), still, toy_run(tmp_path/"stage2"))
+    with pytest.raises(RuntimeError, match="preflight of .* failed"): fit(second, Toy(24, 0), Toy(12, 1), still, toy_run(tmp_path/"stage2"))
+    preflight(second, Toy(24, 0), UPPER, toy_run(tmp_path/"stage2"))
     fit(second, Toy(24, 0), Toy(12, 1), still, toy_run(tmp_path/"stage2"))
     assert np.array_equal(predict(first, Toy(12, 1), HEADS)[1], predict(second, Toy(12, 1), HEADS)[1])
     _, moved = trained(tmp_path/"moved", UPPER, 1, first.state_dict())
