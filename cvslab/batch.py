@@ -163,23 +163,36 @@ def leaderboard(runs: pd.DataFrame, recorded: bool = False, apart: bool = False)
     return table.loc[order.index, COLUMNS].reset_index(drop=True)
 
 # %% ../nbs/lib/12_batch.ipynb #74700b92
-def differences(runs: pd.DataFrame, experiments, control: str = "02_baseline") -> pd.DataFrame:
-    """Scored CVS runs of `experiments` minus those of `control` on the same board, each setting's seeds together, paired by video.
+def _command(name: str) -> str:
+    experiment, _, more = name.partition(" ")
+    return f"papermill nbs/{experiment}.ipynb outputs/{experiment}.ipynb {more}".rstrip()
+
+def _named(scored: pd.DataFrame, name: str) -> pd.DataFrame:
+    "The runs of an experiment, of one arm alone where `name` says so: `14_hybrid -p arm swincvs`."
+    experiment, _, more = name.partition(" -p ")
+    key, _, value = more.partition(" ")
+    return scored[np.array([e == experiment and (not key or str(p.get(key)) == value) for e, p in zip(scored["experiment"], scored["params"])], bool)]
+
+def differences(runs: pd.DataFrame, experiments, control: str = "02_baseline", part: str = "") -> pd.DataFrame:
+    """Scored CVS runs of `experiments` minus those of `control` on the same board, each setting's seeds together, paired by video. With `part`,
+    minus the control that each run has trained in its own folder of this name. An experiment may be one arm: `14_hybrid -p arm swincvs`.
 
     A row a setting: experiment, run, control, seeds, `map`, `c1`..`c3` (value, lo, hi; shares), or what is `missing`."""
     rows, scored = [], runs[(runs["state"] == "scored") & (runs["metric"] == "map")]
     scored = scored.assign(board=[_board(r) for _, r in scored.iterrows()], setting=[digest({k: v for k, v in _identity(r).items() if k not in ("seed", "name")}) for _, r in scored.iterrows()])
-    controls = {board: [Run.open(f) for f in max((g["folder"] for _, g in rows.groupby("setting")), key=len)] for board, rows in scored[scored["experiment"] == control].groupby("board")}
-    def command(e): return f"papermill nbs/{e}.ipynb outputs/{e}.ipynb"
+    controls = {board: [Run.open(f) for f in max((g["folder"] for _, g in rows.groupby("setting")), key=len)] for board, rows in _named(scored, control).groupby("board")}
     for experiment in experiments:
-        own = scored[scored["experiment"] == experiment]
-        if own.empty: rows.append(dict(experiment=experiment, missing=command(experiment)))
+        own = _named(scored, experiment)
+        if own.empty: rows.append(dict(experiment=experiment, missing=_command(experiment)))
         for (board, _), group in own.groupby(["board", "setting"]):
-            row = dict(experiment=experiment, run=", ".join(group["run"]), board=board, seeds=len(group))
-            if board in controls:
-                found = compare([Run.open(f) for f in group["folder"]], controls[board])
-                row |= dict(control=", ".join(r.name for r in controls[board]), **{k: found[k] for k in ("map", "c1", "c2", "c3")})
-            else: row |= dict(missing=f"{command(control)} on the same data and protocol")
+            row, ours, theirs = dict(experiment=experiment, run=", ".join(group["run"]), board=board, seeds=len(group)), [Run.open(f) for f in group["folder"]], controls.get(board, [])
+            if part:
+                ours = [r for r in ours if r.part(part).finished]
+                theirs = [r.part(part) for r in ours]
+            if theirs:
+                found = compare(ours, theirs)
+                row |= dict(control=", ".join(r.name for r in theirs), **{k: found[k] for k in ("map", "c1", "c2", "c3")})
+            else: row |= dict(missing=f"{_command(experiment)} with its control in the folder {part} of the run" if part else f"{_command(control)} on the same data and protocol")
             rows.append(row)
     return pd.DataFrame(rows, columns=["experiment", "run", "control", "board", "seeds", "map", "c1", "c2", "c3", "missing"])
 

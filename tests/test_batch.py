@@ -175,6 +175,17 @@ def test_differences_pair_settings_with_the_control(project, monkeypatch):
     assert table.loc["r16", "map"]["value"] == pytest.approx(means["r16"] - means["plain"])
     assert table.loc["r16", "map"]["lo"] < table.loc["r16", "map"]["value"] < table.loc["r16", "map"]["hi"]
     assert "02_baseline" in table.loc["other", "missing"] and "15_window_attention" in table["missing"].iloc[-1]
+    there("11_attention_supervision", "supervised", 6)
+    there("11_attention_supervision/supervised", "control", 7)
+    for arm in ("hybrid", "swincvs"): there("14_hybrid", arm, 8, arm=arm)
+    save(outputs/"14_hybrid/swincvs/predictions.parquet", predictions(9).assign(**predictions(1)[labels]))
+    runs = collect(outputs)
+    own = differences(runs, ["11_attention_supervision", "10_lora"], part="control").set_index("run")
+    assert own.loc["supervised", "map"]["value"] == pytest.approx(means["supervised"] - means["control"]) and own.loc["supervised", "control"] == "supervised/control"
+    assert "papermill nbs/10_lora.ipynb" in own.loc["r16", "missing"]
+    arms = differences(runs, ["14_hybrid -p arm hybrid"], "14_hybrid -p arm swincvs")
+    assert arms["run"].tolist() == ["hybrid"] and arms["control"].tolist() == ["swincvs"] and arms["map"][0]["value"] != 0
+    assert differences(runs, ["14_hybrid -p arm other"])["missing"].tolist() == ["papermill nbs/14_hybrid.ipynb outputs/14_hybrid.ipynb -p arm other"]
 
 def test_outputs_are_found_from_any_folder(project, monkeypatch):
     write(project/"outputs", "10_lora", "r16", weights=2, seed=0, rank=16)
