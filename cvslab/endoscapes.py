@@ -515,11 +515,13 @@ def mask_sources(frames: pd.DataFrame) -> pd.DataFrame:
     return masked.groupby(["split", "mask_source"], sort=False).agg(frames=("frame", "size"), videos=("video", "nunique")).reset_index()
 
 def mask_source_proof(dataset: "ClipDataset", source: str) -> Proof:
-    "Proof that masks of `source` are in the training clips, from the sources that `open_datasets` noted."
+    "Proof that masks of `source`, and of no other but ground truth, are in the training clips, from the sources that `open_datasets` noted."
     seen = dataset.sources
     words = ", ".join(f"{r.frames} frames of {r.videos} videos from {r.mask_source} in {r.split}" for r in seen.itertuples()) or "no mask at all"
-    wanted = dict(ground_truth=("semseg", "coco"), boxes=("boxes",)).get(source, ("pseudo",))
-    return Proof("mask source", f"{'ground truth' if source == 'ground_truth' else source} in train", words, bool((seen["split"].eq("train") & seen["mask_source"].isin(wanted)).any()))
+    own, wanted = ("semseg", "coco"), dict(ground_truth=("semseg", "coco"), boxes=("boxes",)).get(source, ("pseudo",))
+    there = seen.query("split == 'train'")["mask_source"]
+    turned = bool(there.isin(wanted).any() and there.isin([*own, *wanted]).all())
+    return Proof("mask source", f"{'ground truth' if source == 'ground_truth' else source} in train", words, turned)
 
 def _ids(video, frame) -> np.ndarray:
     "The dataset's own image ids, of videos and frames in any shapes that fit together."

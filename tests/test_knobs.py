@@ -38,6 +38,7 @@ class ByFrame(Augment):
 
 def one_alpha(self, batch): return Mix.__call__(Mix(self.mixup, self.cutmix, 4., 4., self.masks), batch)
 def alike(): return segmentation([1]*5)
+def boxes(data, frames, source, add=endoscapes.add_masks): return add(data, frames, "boxes")
 def no_boxes(data, frames, source): return frames
 def no_masks(data, frames, source): return frames.assign(mask="", mask_source="")
 
@@ -71,6 +72,8 @@ BROKEN = {   # knob: page, parameters, where it is broken, under which name, by 
     "masks of a run that reads none": ("11_attention_supervision", dict(masks="boxes", weight=0), None, "", None, "mask source: asked boxes"),
     "supervised, classes weigh alike": ("11_attention_supervision", dict(seg_weight=.3), objectives, "segmentation", alike, "seen 1.76"),
     "regularised, classes weigh alike": ("12_regularized", dict(seg_weight=.3), objectives, "segmentation", alike, "seen 1.76"),
+    "boxes that nobody asked for": ("12_regularized", {}, endoscapes, "add_masks", boxes, "mask source: asked ground truth in train"),
+    "mixed, never mirrored": ("12_regularized", {}, objectives, "random_flip", lambda p: None, "flip: asked 50%"),
     "regularised without boxes": ("12_regularized", dict(masks="boxes"), endoscapes, "add_masks", no_boxes, "mask source: asked boxes"),
     "regularised, keys not adapted": ("12_regularized", dict(targets=["q", "k", "v"]), models, "add_lora", instead(models.add_lora, targets=["q", "v"]), "asked q k v; seen q v"),
     "blended evenly": ("12_regularized", {}, objectives, "Mix", frozen(Mix, mixup_alpha=1.), "mixup_alpha: asked Beta(0.8, 0.8)"),

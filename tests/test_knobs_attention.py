@@ -145,7 +145,9 @@ def test_frame_encoder_that_stays_frozen_stops(project):
     stops(names, "frame encoder: asked trained; seen 0 of")
 
 def test_second_head_without_a_gradient_stops(project):
-    names = begun(project, HYBRID, arm="swincvs", auxiliary=.8)
+    names = begun(project, HYBRID, arm="swincvs", auxiliary=.8, n_frames=5, clip_norm=5.)     # as published; the LSTM takes an odd number
+    preflight(names["model"], names["datasets"]["train"], names["recipe"], names["run"])
+    assert names["recipe"].clip_norm == 5
     dead = LossTerm(lambda outputs, batch: bce()(dict(logits=outputs["auxiliary"].detach()), batch), .8)
     stops(names, "loss auxiliary", recipe=replace(names["recipe"], losses=dict(auxiliary=dead)))
 
