@@ -22,7 +22,7 @@ def run_page(project: Path, notebook: str, params: dict, until: str = "") -> dic
     "Run the code cells of `nbs/<notebook>.ipynb` in `project` with `params`, up to the first that holds `until`; returns its names."
     cells = [c for c in json.loads((ROOT/"nbs"/f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     told, here = "# Parameters\n" + "\n".join(f"{k} = {v!r}" for k, v in params.items()), Path.cwd()
-    names = {"__name__": "__main__", "In": [told]}
+    names = {"__name__": "__main__", "In": [told], "display": lambda *shown, **how: None}
     os.chdir(project)
     try:
         with patch.dict(os.environ, CVSLAB_CACHE=os.environ.get("CVSLAB_CACHE", str(ROOT/".cache"))):
