@@ -6,7 +6,7 @@ from conftest import ROOT
 from pages import run_page, small
 from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
 
-from cvslab import attention, endoscapes, models, objectives, pretraining, training
+from cvslab import endoscapes, models, objectives, pretraining, training
 from cvslab.core import ParameterError
 from cvslab.objectives import bce, segmentation
 from cvslab.training import PreflightError
@@ -50,13 +50,11 @@ BROKEN = {   # knob: parameters, where it is broken, under which name, by what, 
     "answer not told": (dict(visible_weight=.3, hierarchical=True), models, "Visible", instead(models.Visible, told=False), "what is in view: asked told to the criteria; seen asked alone"),
     "view without gradient": (dict(visible_weight=.3), objectives, "visible", unseen, "loss visible: "),
     "easy negatives count": (dict(hard_share=.5), objectives, "hard_negatives", lambda share: bce(), "hard negatives: asked"),
-    "smoothing forgotten": (dict(smoothing=.1), objectives, "bce", lambda **asked: bce(), "label targets: asked negative 0.1, positive 0.9; seen negative 0, positive 1"),
-    "never mixed": (dict(mixing=.6), objectives.Mix, "__call__", lambda self, batch: batch, "mixing: asked mixup 30%"),
-    "augmented by half": (dict(augment=1.), objectives, "Augment", Half, "rotation: asked 15"),
+    "smoothing forgotten": (dict(regularized=True), objectives, "bce", lambda **asked: bce(), "label targets: asked negative 0.05, positive 0.95; seen negative 0, positive 1"),
+    "never mixed": (dict(regularized=True), objectives.Mix, "__call__", lambda self, batch: batch, "mixing: asked mixup 33%"),
+    "augmented by half": (dict(regularized=True), objectives, "Augment", Half, "rotation: asked 15"),
     "classes weigh alike": (dict(seg_weight=.3), objectives, "segmentation", lambda: segmentation([1]*5), "class weights 0.1 5 3 2 2; seen 1.76"),
-    "mask is a bias": (dict(masking="mask"), models, "set_attention", instead(models.set_attention, mask=False, bias=.1), "attention mask: "),
-    "bias hardly there": (dict(masking="bias"), models, "set_attention", instead(models.set_attention, bias=.1), "bias 2"),
-    "tokens not masked": (dict(masking="tokens"), attention, "_masked_tokens", lambda state, always, module, args, tokens: tokens, "token mask: "),
+    "mask is a bias": (dict(regularized=True), models, "set_attention", instead(models.set_attention, mask=False, bias=.1), "attention mask: "),
     "mirrored is the same": (dict(mirrored=True), training, "Recipe", instead(training.Recipe, views=(lambda video: video,)), "view 1: asked other pixels in evaluation; seen 0.0%"),
     "activations kept": (dict(checkpointing=True), models.VJEPA2Model, "gradient_checkpointing_enable", lambda self, kwargs=None: None, "checkpointing: asked activations recomputed"),
     "seeds alike": (dict(ensemble_seeds=2), dataclasses, "replace", same_seed, "member seed1: asked lora head from weights of its own; seen lora head from seed 0, the same as this run"),
@@ -89,7 +87,7 @@ BROKEN_17 = {   # the same of pretraining
 }
 
 INERT = {"hierarchical": dict(hierarchical=True), "train_only": dict(train_only="attention"), "rank 16": dict(family="images", backbone="weights/images"),
-         "targets": dict(rank=0, targets=["q", "k"]), "masking mask": dict(window=[1, 2, 2], masking="mask")}
+         "targets": dict(rank=0, targets=["q", "k"]), "regularized": dict(window=[1, 2, 2], regularized=True)}
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
