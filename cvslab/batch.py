@@ -168,9 +168,8 @@ def _command(name: str) -> str:
     return f"papermill nbs/{experiment}.ipynb outputs/{experiment}.ipynb {more}".rstrip()
 
 def _named(scored: pd.DataFrame, name: str) -> pd.DataFrame:
-    "The runs of an experiment, of one arm alone where `name` says so: `14_hybrid -p arm swincvs`."
-    experiment, _, more = name.partition(" -p ")
-    key, _, value = more.partition(" ")
+    "The runs of an experiment, of one arm alone where `name` says so: `14_hybrid -p arm swincvs`. What else follows is for its command."
+    experiment, (key, _, value) = name.split()[0], name.partition(" -p ")[2].partition(" ")
     return scored[np.array([e == experiment and (not key or str(p.get(key)) == value) for e, p in zip(scored["experiment"], scored["params"])], bool)]
 
 def differences(runs: pd.DataFrame, experiments, control: str = "02_baseline", part: str = "") -> pd.DataFrame:
