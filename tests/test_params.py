@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT
 
 SMALL = dict(epochs=1, max_clips=32, batch_size=8, micro_batch=0, data="data/endoscapes", device="cpu", precision="fp32")
+HALF = ("02", "03", "04", "06")      # run in the precision they ask for; convolutions in half precision take minutes on a CPU
 VJEPA = dict(backbone="weights/vjepa2")
 OWN = {"17": dict(probe_epochs=1, held_out=0.3, n_frames=8), "videomae": dict(backbone="weights/videomae"), "dinov3": dict(backbone="weights/dinov2"),
        "15": dict(window=[0, 2, 2]), "13": dict(size=64, dim=48, layers=3, heads=2, window=2), "14": dict(frames="weights/swin", upper=2), "larger": dict(size=96)}
@@ -62,6 +63,7 @@ def pages(request, tmp_path_factory):
                 asked = yaml.safe_load((ROOT/"params"/file).read_text())
                 declared = notebook_of(file).read_text(encoding="utf-8")
                 ours = SMALL | VJEPA | OWN.get(file[:2], {}) | OWN.get(Path(file).stem, {})
+                if file.startswith(HALF): ours.pop("precision")
                 return pool.submit(run_page, project, notebook_of(file), asked | {k: v for k, v in ours.items() if f'"{k}: ' in declared}, file)
             chosen = [item.callspec.params["file"] for item in request.session.items if item.path == Path(__file__)]
             yield {file: submit(file) for file in chosen}
@@ -74,4 +76,4 @@ def test_parameter_file(pages, file):
     proofs = found["proofs"]
     assert proofs and all(p["turned"] or p["slip"] for p in proofs)
     stuck = {p["knob"] for p in proofs if not p["turned"]}
-    assert bool(stuck) == bool(asked.get("slips")), f"declared slips {asked.get('slips')}, seen {sorted(stuck)}"
+    assert len(stuck) == len(asked.get("slips", [])), f"declared slips {asked.get('slips')}, seen {sorted(stuck)}"
