@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -219,8 +220,10 @@ def _group_proofs(model, recipe):
     for name, epochs in recipe.begins.items():
         yield Proof(f"begin {name}", f"learns after epoch {epochs}", f"{len(groups.get(name, {}))} tensors wait, {recipe.epochs - epochs} epochs follow", name in groups and 0 < epochs < recipe.epochs)
     if recipe.layer_decay < 1:
-        rates = sorted({g["lr"] for g in param_groups(model, recipe) if g["name"] != "head"})
-        yield Proof("layer decay", f"{recipe.layer_decay:g} a layer downward", f"{len(rates)} rates, {rates[0]:.2g} to {rates[-1]:.2g}" if rates else "no encoder layer learns", len(rates) > 1)
+        rates = [sorted({g["lr"] for g in param_groups(model, recipe) if g["name"] == name}) for name in groups.keys() - {"head"}]
+        steps = [math.log(a/b, recipe.layer_decay) for r in rates for a, b in pairwise(r)]             # layers between two rates
+        words = ", ".join(f"{len(r)} rates, {r[0]:.2g} to {r[-1]:.2g}" for r in rates)
+        yield Proof("layer decay", f"{recipe.layer_decay:g} a layer downward", words or "no encoder layer learns", bool(steps) and all(abs(s - round(s)) < 1e-6 for s in steps))
 
 def _lora_proof(model):
     asked = model.spec["lora"]
