@@ -33,6 +33,7 @@ def test_with_runs_it_uses_the_controls_they_have(project, monkeypatch):
     save(outputs/"22_attention_drift/d/params.json", dict(experiment="22_attention_drift", run="d", params={}, data=dict(demo=False, fingerprint="tree"), code="abc"))
     save(outputs/"22_attention_drift/d/switches.csv", pd.DataFrame(dict(run=["10_lora/r16"], switch=["values off"], change=[.1])))
     run_page(project, "43_questions", dict(name="all"))
+    run_page(project, "43_questions", dict(name="all"))                                        # it does not read what it wrote
     folder, = run_folders(project, "43_questions")
     def read(name): return pd.read_csv(folder/f"{name}.csv").set_index("run")
     assert read("attention_own_control")["control"].to_dict() == {"a": "a/control", "b": "b/control"}
