@@ -145,6 +145,7 @@ class Windows(NamedTuple):
         "0 or MASKED for each pair of a window, (batch * windows, 1, M, M): rolled windows hold parts from opposite edges. None unless shifted."
         return _edges(self, device, dtype).repeat(batch, 1, 1, 1) if any(self.shift) else None
 
+# %% ../nbs/lib/07_attention.ipynb #5a1b68aa
 def windows_on(grid: Grid, window, shift: bool = False) -> Windows:
     "Windows of (bins, rows, columns), 0 for a whole axis, moved by half a window where `shift`; `ValueError` where they do not fit the grid."
     if len(window) != 3: raise ValueError(f"a window of {list(window)}: give its bins, rows and columns, 0 for a whole axis")
@@ -209,6 +210,7 @@ class Intervention:
         bias = self.bias * mask.float()
         return (torch.where(mask > 0, bias, MASKED) if self.mask else bias)[:, None, :, None]
 
+# %% ../nbs/lib/07_attention.ipynb #174a9693
 def _intervened(q, k, v, scale, dropout, windows, bias, mask):
     "Attention (B, H, N, D) within `windows`, with a bias on the keys; with a mask also its mass (B, H, N), differentiable."
     D, parts = v.shape[-1], [[q], [k], [v]]
@@ -273,6 +275,7 @@ class _State:
         if mask.shape != (batch, tokens): raise ValueError(f"the mask has shape {tuple(mask.shape)}, the batch {(batch, tokens)} (clips, tokens)")
         return mask
 
+# %% ../nbs/lib/07_attention.ipynb #5ab15d1e
 def _state(model) -> _State:
     encoder = encoder_of(model)
     if not hasattr(encoder, "attention_state"):
@@ -295,6 +298,7 @@ def _settle(model):
         del encoder.attention_state
         for layer in encoder.encoder.layer: del layer.attention.site
 
+# %% ../nbs/lib/07_attention.ipynb #90936b63
 def _attention(module, query, key, value, attention_mask, scaling, dropout=0.0, base="sdpa", **kwargs):
     "transformers' attention function: that of `base`, with the interventions and the listeners of the module's site."
     plain = AttentionInterface().get_interface(base, eager_attention_forward)
@@ -336,6 +340,7 @@ def _same_bits(q, k, v, scale, got) -> bool:
 # %% ../nbs/lib/07_attention.ipynb #14ba13f8
 _PLACES = ("time", "row", "column", "time2", "place2")   # positions are taken from the middle of the grid, for the rounding's sake
 
+# %% ../nbs/lib/07_attention.ipynb #44557a2d
 class AttentionStats:
     "Attention of the last forward pass under `measure`: tensors (L, B, H, N) for the measured `layers`, in fp32, without gradients."
     def __init__(self, layers, quantities, marginal, keep, backend):
@@ -455,6 +460,7 @@ class AttentionStats:
         if pairs is not None: s = s + inside(pairs)[:, :, i]
         return s.new_zeros(*s.shape[:2], N).index_copy_(-1, index[w], s.softmax(-1))
 
+# %% ../nbs/lib/07_attention.ipynb #47c2be75
 def _entropy(p: Tensor) -> Tensor: return torch.special.entr(p).sum(-1)
 
 @contextmanager
@@ -574,6 +580,7 @@ def clear_attention(model: nn.Module):
     state.token_hook = None
     _settle(model)
 
+# %% ../nbs/lib/07_attention.ipynb #9fadec9f
 def reads_mask(model: nn.Module) -> bool:
     "Whether something attached to `model` reads the mask of each batch."
     state = getattr(encoder_of(model), "attention_state", _State())
@@ -611,6 +618,7 @@ def has_anatomy(batch, anatomy=(1, 2, 3, 4)) -> bool:
 
 def _mean(cost, told): return torch.where(told, cost, 0).sum() / told.sum().clamp_min(1)
 
+# %% ../nbs/lib/07_attention.ipynb #a55c9afa
 def mass_loss(model: nn.Module):
     "A loss term `fn(outputs, batch)`, inside `attention_inputs`: minus the log of the supervised layers' mean mass, over the clips with a mask."
     def loss(outputs, batch):
@@ -677,6 +685,7 @@ def _pass(model, video, mask, sites, *kinds):
     mean = {k: v.mean().item() for k, v in stats.per_head().items()} if sites else {}
     return tokens, mean.get("mask"), mean.get("effective_tokens"), inputs
 
+# %% ../nbs/lib/07_attention.ipynb #1f1d112c
 def _proof(kind, sites, model, mask, run) -> Proof:
     (tokens, mass, spread, _), (new, new_mass, new_spread, inputs) = run(), run(kind)
     turned, plan, layers = not torch.equal(tokens, new), sites[0].plan if sites else None, f"layers {[s.layer for s in sites]}"

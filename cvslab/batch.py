@@ -50,6 +50,7 @@ def _remarks(metrics: dict, main: str) -> str | None:
     said = [metrics.get("note"), "collapsed: " + "; ".join(collapse["signs"]) if collapse.get("collapsed") else None, metrics[main].get("reason")]
     return "; ".join(filter(None, said)) or None
 
+# %% ../nbs/lib/12_batch.ipynb #28fb75a7
 def read_run(folder: Path) -> dict:
     "One run folder as a row: `state` (scored, unscored, broken), `reason`, parameters, data, protocol, score, cost, hashes of predictions and history."
     row = dict(folder=rel(folder), experiment=folder.parent.name, run=folder.name, state="broken", reason=None)
@@ -145,6 +146,7 @@ def _recorded_rows() -> list[dict]:
                    note=r.source + aided(r), twin=False) for r in record.peers().itertuples()]
     return ours + theirs
 
+# %% ../nbs/lib/12_batch.ipynb #86c679cf
 def leaderboard(runs: pd.DataFrame, recorded: bool = False, apart: bool = False) -> pd.DataFrame:
     "Scored runs in percent, with record and field if `recorded`, ranked by board; raises where boards would mix, unless shown `apart`."
     scored = runs[runs["state"] == "scored"]

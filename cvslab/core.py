@@ -171,6 +171,7 @@ def injected(namespace: dict) -> set[str]:
     cells = [c for c in namespace.get("In", []) if c.startswith("# Parameters\n")]
     return {t.id for c in cells for n in ast.parse(c).body if isinstance(n, ast.Assign) for t in n.targets}
 
+# %% ../nbs/lib/00_core.ipynb #19b91ba3
 def _parse(value, kind):
     "`value` as the type `kind`: numbers and flags from their text, lists from YAML or comma-separated text."
     if get_origin(kind) is list and isinstance(value, str):
@@ -229,6 +230,7 @@ def _slug(params, defaults) -> str:
     words = "_".join(f"{k}{v}" for k, v in changed.items())
     return re.sub(r"[^A-Za-z0-9.]+", "-", words).strip("-.")[:40].rstrip("-.") + ("-" if changed else "") + digest(params, 6)
 
+# %% ../nbs/lib/00_core.ipynb #114902d2
 class Run:
     "One run of a notebook: its checked parameters and its folder `outputs/<experiment>/<run>/`."
     def __init__(self,

@@ -123,6 +123,7 @@ def _tube(path, width, colour, shine=.6):
     return [(_ribbon(path, width), _mix(colour, (40, 10, 10), .5)), (_ribbon(path + .3*w*_LIGHT, width*.74), colour),
             (_ribbon(path + w*_LIGHT, width*.24), _mix(colour, (255, 250, 245), shine))]
 
+# %% ../nbs/lib/05_demo.ipynb #389a9f41
 def _tool(tip, origin, width, gape):
     "A shaft from `origin` to the joint before `tip`, and two jaws."
     axis = (origin - tip)/np.hypot(*(origin - tip))
@@ -142,6 +143,7 @@ _COLOURS = dict(belly=(158, 84, 66), liver=(132, 48, 42), lobe=(150, 60, 50), ga
                 sheath=(206, 132, 108), duct=(208, 198, 138), artery=(200, 36, 36), plate=(238, 214, 202), window=(100, 34, 36))
 _DARK, _RUST = (20, 5, 5), (190, 110, 75)
 
+# %% ../nbs/lib/05_demo.ipynb #bb24c283
 def _look(rng, size):
     "What stays the same through one video."
     v = SimpleNamespace()
@@ -432,6 +434,7 @@ def _draw_people(rng, scale: float, exact: bool) -> pd.DataFrame:
     people["participant"] = (first + people.groupby("site").cumcount()).astype(str)
     return people.sort_values("participant", ignore_index=True)
 
+# %% ../nbs/lib/05_demo.ipynb #b4b2780c
 def _draw_retina(rng, scan, label: int, site: int, eye: str) -> np.ndarray:
     "uint8 (frames, rows, cols): layers around a foveal pit, swollen and dotted with deposits by severity, the disc on the nasal side."
     depth, high, wide = int(scan.frames), int(scan.rows), int(scan.cols)
@@ -453,6 +456,7 @@ def _draw_retina(rng, scan, label: int, site: int, eye: str) -> np.ndarray:
     speckle = rng.gamma(6 + 2 * site, 1 / (6 + 2 * site), bands.shape)
     return np.clip((0.08 + 0.03 * site + bands * (0.75 - 0.08 * site)) * speckle * 200, 0, 255).astype(np.uint8)
 
+# %% ../nbs/lib/05_demo.ipynb #71d39d3b
 def _as_dicom(volume, scan, participant: str, eye: str, uid: str, coding: str) -> bytes:
     "A volume as a multi-frame Ophthalmic Tomography object (SOP class 1.2.840.10008.5.1.4.1.1.77.1.5.4), 8-bit MONOCHROME2."
     ds = Dataset()
@@ -493,6 +497,7 @@ def _frame_groups(index: int, scan) -> Dataset:
         groups.PixelMeasuresSequence = [measures]
     return groups
 
+# %% ../nbs/lib/05_demo.ipynb #7a1dde45
 def _jpeg2000(frame) -> bytes:
     out = io.BytesIO()
     Image.fromarray(frame).save(out, "JPEG2000", no_jp2=True, irreversible=False)
@@ -519,6 +524,7 @@ def _draw_volumes(folder: Path, person, scans, eyes: str, seed: int):
 
 OCT_DRAWING = 1                                                                    # raised when the same seed draws another tree
 
+# %% ../nbs/lib/05_demo.ipynb #5d08d43b
 def draw_oct(
     folder,                        # made here; must not exist yet
     scale: float = 0.12,           # participants, as a share of release 2.0.0 (at least two of each class in each split)
@@ -559,6 +565,7 @@ def _participants(people, rng) -> pd.DataFrame:
     table.loc[~people["oct"], ["retinal_oct", "retinal_octa"]] = "FALSE"
     return table
 
+# %% ../nbs/lib/05_demo.ipynb #2975d6ca
 def demo_oct_tree(**changes) -> Path:
     "The tree of `draw_oct` with its defaults (or `changes` to them), drawn once into the cache."
     folder = cache_dir()/f"oct-{digest(dict(drawing=OCT_DRAWING, **changes))}"
@@ -621,6 +628,7 @@ def _smooth_filters(rng, dim: int, patch) -> np.ndarray:
     basis /= np.sqrt((basis**2).sum((1, 2, 3), keepdims=True))
     return np.einsum("on,nijk->oijk", rng.normal(0, 1 / 60, (dim, 32)), basis)[:, None]
 
+# %% ../nbs/lib/05_demo.ipynb #5fc3d6da
 def _draw_encoder(rng, patch=(4, 16, 16), dim: int = 96, depth: int = 2) -> dict[str, np.ndarray]:
     "Weights of a small 3D ViT by the names of the original, as initialised."
     def draw(*size): return rng.normal(0, 0.05, size)

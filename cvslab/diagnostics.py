@@ -193,6 +193,7 @@ def _streams(model, rows: list):
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../nbs/lib/11b_diagnostics.ipynb #b68a9fe1
 @torch.no_grad()
 def layer_readings(model: VideoClassifier, dataset: ClipDataset, chosen) -> tuple[AttentionSummary, pd.DataFrame]:
     """Attention of all layers and heads by label group, and by layer the mean cosine between the tokens of a clip and the residual's share:
@@ -317,6 +318,7 @@ def mass_figure(table: pd.DataFrame):
     axes[0, 1].set_title("this run minus control, 95 % interval by video", fontsize="small")
     return fig
 
+# %% ../nbs/lib/11b_diagnostics.ipynb #b1acad78
 @torch.no_grad()
 def attention_reach(model: VideoClassifier, dataset: ClipDataset, chosen) -> pd.DataFrame:
     "By layer: the `keys` a query can attend to, and `mean` and `most` of the effective tokens of the queries of the clips `chosen`."

@@ -158,6 +158,7 @@ def _read_metadata(tree) -> pd.DataFrame:
     frames[_VOTES] = np.hstack([_votes(raw[c]) for c in _COLUMNS[6:]])
     return frames
 
+# %% ../nbs/lib/03_endoscapes.ipynb #76f2b0c7
 def _check_frames(frames) -> list[str]:
     "What is wrong with the rows, each fault with the frames it is found on."
     labels, votes = frames[_C], frames[_VOTES]
@@ -182,6 +183,7 @@ def _find_masks(tree, stem) -> tuple[list[str], np.ndarray]:
     listed = {name: f"{f}#{name}" for f in files for name in _segments(tree/f)}
     return [drawn.get(s) or listed.get(s, "") for s in stem], np.select([stem.isin(drawn), stem.isin(listed)], ["semseg", "coco"], "")
 
+# %% ../nbs/lib/03_endoscapes.ipynb #0157171a
 def read_frames(data, ledger: Ledger = None) -> pd.DataFrame:
     """One row a 1-fps frame, by video and frame: `split, video, frame, path, key, labelled, c1..c3` (mean of raters, copied forward as shipped),
     `r1_c1..r3_c3` (votes 0/1, NaN off key-frames), `mask` (for `read_mask`, or empty), `mask_source` (semseg, coco or empty).
@@ -246,6 +248,7 @@ def disagreements(frames: pd.DataFrame, coco: pd.DataFrame) -> pd.DataFrame:
     labels = np.isclose(both[_C].fillna(0), both[[f"{c}_csv" for c in _C]], atol=1e-3).all(axis=1)
     return both[~labels | (both["key"] != both["key_csv"])]
 
+# %% ../nbs/lib/03_endoscapes.ipynb #1b975312
 def _run_lengths(text: str) -> list[int]:
     "The run lengths of COCO's compressed text: six bits a character, low ones first, from the fourth on as differences to the one two before."
     runs, value, shift = [], 0, 0
@@ -288,6 +291,7 @@ def _read_boxes(path: Path, stamp: int) -> dict[str, tuple]:
 
 def _boxes(path: Path) -> dict[str, tuple]: return _read_boxes(path, path.stat().st_mtime_ns)
 
+# %% ../nbs/lib/03_endoscapes.ipynb #a2e64f5b
 def _fill_boxes(height, width, boxes) -> np.ndarray:
     "One map of classes from boxes (category, (x, y, w, h)): where they overlap the smaller one lies on top."
     classes = np.zeros((height, width), np.uint8)
@@ -416,6 +420,7 @@ def _read_json(path: Path) -> dict:
     try: return load(path)
     except (FileNotFoundError, ValueError): return {}
 
+# %% ../nbs/lib/03_endoscapes.ipynb #32b63710
 class _Array:
     "The packed frames of one split: `frames.npy`, a note for each block, and an index once it is whole."
     def __init__(self, folder: Path, tree: Path, paths: list[str], geometry: str, size: int):
@@ -485,6 +490,7 @@ class _Array:
         whole = index.pop("checksum", None) == digest(index) and index["stamp"] == self._stamp()
         return index if whole and not index["unreadable"] else self._build(name, threads)
 
+# %% ../nbs/lib/03_endoscapes.ipynb #25c7bbb5
 def _pack_masks(tree: Path, frames: pd.DataFrame, geometry: str, size: int) -> tuple[Path, pd.Index]:
     "The masks of `frames` in one `(masks, size, size)` uint8 file, and the frames they belong to."
     masked = frames[frames["mask"] != ""]
@@ -527,6 +533,7 @@ def _ids(video, frame) -> np.ndarray:
     "The dataset's own image ids, of videos and frames in any shapes that fit together."
     return np.asarray(video, np.int64) * 1_000_000 + np.asarray(frame, np.int64)
 
+# %% ../nbs/lib/03_endoscapes.ipynb #be5c6f48
 class FrameStore:
     """Packed frames: `store[rows]` is `(n, 3, size, size)` uint8, a copy; `store.rows(video, frame)` finds the rows. Made by `pack_frames`.
 
@@ -569,6 +576,7 @@ class FrameStore:
         if (rows >= 0).any(): out[rows >= 0] = self._map(path)[rows[rows >= 0]]
         return out
 
+# %% ../nbs/lib/03_endoscapes.ipynb #cdd20197
 def pack_frames(
     data,                      # a folder in the format of Endoscapes, or demo
     frames: pd.DataFrame,      # rows of `read_frames`
@@ -660,6 +668,7 @@ def label_proof(dataset: ClipDataset, slip: bool = False) -> Proof:
     words = dict(recorded="a label copied from an earlier key-frame, or zero before the first", clip="another label than their own frame")
     return Proof("labels", labels, f"{dataset.changed:.1%} of clips have {words.get(labels, f'another label than by {other!r}')}", bool(dataset.changed >= .001), slip)
 
+# %% ../nbs/lib/03_endoscapes.ipynb #30082322
 def clip_proof(dataset: ClipDataset) -> Proof:
     "Proof that clips show the frames of their protocol: how many, how many of them different, which seconds about their own, and how far apart."
     p, clips = dataset.protocol, dataset.clips

@@ -64,6 +64,7 @@ def _shaped(image, geometry, width):
     if geometry == "crop": return ImageOps.fit(image, (width * 3 // 4,)*2, Image.Resampling.BICUBIC)
     return image.resize((width, round(width * image.height / image.width)), Image.Resampling.BICUBIC)
 
+# %% ../nbs/lib/11c_explorer.ipynb #fed25405
 def read_clip(model, dataset, index: int, data, frames: pd.DataFrame, width: int = 486) -> Reading:
     """Measure clip `index` of a `ClipDataset` with masks; its frames and structures are read from the tree `data`, `width` pixels wide.
 
@@ -114,6 +115,7 @@ def _marked(picture, grid, query):
     draw.rectangle([box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1], outline=(0, 0, 0), width=4)
     draw.rectangle(box, outline=_MARK, width=2)
 
+# %% ../nbs/lib/11c_explorer.ipynb #ce389f68
 def draw_reading(reading: Reading, layer: int, head: int, frame: int, query: tuple, average: bool = False) -> Image.Image:
     """A frame with its structures beside the attention of `query` on it (the mean over queries where `average`), and both over all bins.
 
@@ -153,6 +155,7 @@ def draw_reading(reading: Reading, layer: int, head: int, frame: int, query: tup
             draw.text((at[0], at[1] + tall + 2), f"{maps[b].sum()/maps.sum():.0%}", _INK if b == now else _SOFT, _fonts[11])
     return canvas
 
+# %% ../nbs/lib/11c_explorer.ipynb #73d0da64
 def _scale(canvas, right, y, top):
     "The colours' scale, ending at `right`."
     draw, label = ImageDraw.Draw(canvas), f"{top:.1f} x uniform"
@@ -197,6 +200,7 @@ def _facts(reading, layer, head, query) -> str:
     return (f"<div style='display:flex;gap:40px;flex-wrap:wrap;align-items:flex-start'><table {style}>{head('attention', 'this query', 'mean over queries')}{''.join(rows)}</table>"
             f"<table {style}>{head('prediction', '', 'probability', 'label')}{''.join(bars)}</table></div>")
 
+# %% ../nbs/lib/11c_explorer.ipynb #3f1c976c
 class Explorer(widgets.VBox):
     "Split, clip, frame, layer, head and query by slider or arrow key; `reading` is the clip shown, measured once and kept for a while."
     def __init__(self, model, datasets: dict, data, split: str = "val", kept: int = 3):

@@ -55,6 +55,7 @@ class TokenDataset(Dataset):
 @lru_cache(maxsize=256)
 def _open(path): return safe_open(path, "pt")
 
+# %% ../nbs/lib/10c_features.ipynb #12417257
 def cache_tokens(
     model: VideoClassifier,   # with a frozen backbone
     dataset: ClipDataset,
@@ -97,6 +98,7 @@ def cache_tokens(
 
 def _size(n): return f"{n/1e9:,.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
 
+# %% ../nbs/lib/10c_features.ipynb #e7cd20de
 def token_bytes(clips: int, tokens: int, dim: int, views: int = 1) -> int:
     "Bytes that the tokens of `clips` take in half precision."
     return clips * views * tokens * dim * 2

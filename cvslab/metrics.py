@@ -148,6 +148,7 @@ def _draws(tables, statistics, cluster: str, n_boot: int, seed: int) -> tuple[li
     each = [statistics(table, code, weights) for table in tables]
     return each, {k: np.mean([e[k] for e in each], axis=0) for k in each[0]}
 
+# %% ../nbs/lib/06_metrics.ipynb #b4d293d1
 def _scores(each, mean, clusters: int, chance: dict, missing: dict) -> dict:
     "The estimates of every statistic; the spread over seeds beside them where there are several."
     out = {k: estimate(v, clusters, chance[k], missing[k]) for k, v in mean.items()}
@@ -298,6 +299,7 @@ def _calibration(y, p, code, weights, bins=10) -> dict:
     n = weights @ np.bincount(code)
     return dict(brier=(sums[:, 0]/n, y.mean()*(1 - y.mean()), ""), ece=(np.abs(sums[:, 1:]).sum(axis=1)/n, 0., ""))
 
+# %% ../nbs/lib/06_metrics.ipynb #98a8b40f
 def _level(level: str, y, p, decided, code, weights) -> list:
     "Report rows of one level; `y`, `p`, `decided` are tables with a column a question (c1..c3, all three) and a row a clip or video."
     named = {q: _decisions(y[q], p[q], decided[q], code, weights) for q in y}

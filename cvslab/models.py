@@ -75,6 +75,7 @@ def _load(name, classes, prefix, **changes):
         raise ValueError(f"the weights of backbone {name!r} do not match its config.json ({first}): nothing is filled in at random; fetch the folder again")
     return getattr(model, prefix, model).eval()
 
+# %% ../nbs/lib/08_models.ipynb #d650db76
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def _tables(side: int, widths: tuple, rest: int, tokens: int, dtype, device):
@@ -108,6 +109,7 @@ def cache_rotary(model: VJEPA2Model) -> VJEPA2Model:
         if type(module) is VJEPA2RopeAttention: module.__class__ = RotaryAttention
     return model
 
+# %% ../nbs/lib/08_models.ipynb #eecc2668
 def compile_layers(backbone: nn.Module) -> Callable:
     "`fast()`, a context in which the transformer layers of `backbone` run through torch.compile, equal ones compiled once, with the random numbers of plain layers."
     layers = [m for m in backbone.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -149,6 +151,7 @@ def depth_of(backbone: str | dict) -> int:
     "Layers of a backbone; `backbone` as `build_model` takes it, with a folder or a hub id."
     return AutoConfig.from_pretrained(_find(backbone if isinstance(backbone, str) else backbone.get("frames", backbone.get("model")))).num_hidden_layers
 
+# %% ../nbs/lib/08_models.ipynb #cb7d440f
 def fingerprint(model: nn.Module) -> str:
     "Hash of every frozen tensor of `model` (names and bits): what a checkpoint of trainable weights belongs to."
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
@@ -312,6 +315,7 @@ class TimeAttention(nn.Module):
         mixed, _ = self.attention(lines, lines, lines, need_weights=False)
         return x + mixed.unflatten(0, (len(x), -1)).transpose(1, 2)
 
+# %% ../nbs/lib/08_models.ipynb #aecc6f78
 class WindowViT(nn.Module):
     "Tubelets of 2 x 16 x 16 pixels, learned positions, SwinV2 blocks (arXiv 2111.09883) in shifted windows within each bin."
     def __init__(self,
@@ -423,6 +427,7 @@ class SwinFrames(_Frames):
 
     def get_vision_features(self, video): return self._see(video).pooler_output.unflatten(0, video.shape[:2])
 
+# %% ../nbs/lib/08_models.ipynb #40ae2fa6
 class Hybrid(_Frames):
     "`(B, T, 3, H, W)` -> `(B, T/2 * rows * columns, D)`: SwinV2 to `stage` on each frame, pairs projected, the last `layers` layers of V-JEPA 2."
     def __init__(self, frames: str | dict, video: str = "demo", layers: int = 6, stage: int = 3, train_frames: bool = True):
@@ -461,6 +466,7 @@ def stage_proof(encoder: Hybrid, stage: int) -> Proof:
     return Proof("stage", f"{stage}: {side} x {side} places of {wide} channels", f"{places} places of {channels} channels after {len(encoder.frames.encoder.layers)} stages",
                  (places, channels, len(encoder.frames.encoder.layers)) == (side**2, wide, stage))
 
+# %% ../nbs/lib/08_models.ipynb #3b3913d4
 class Video(nn.Module):
     "Another video transformer of transformers that gives tokens `(B, N, D)`, VideoMAE (arXiv 2203.12602) for one; from a folder, a hub id, or a configuration."
     def __init__(self, model: str | dict, train: bool = False):
@@ -532,6 +538,7 @@ class Reading(nn.Module):
         near = nn.functional.interpolate(video[..., h:-h, w:-w].flatten(0, 1), video.shape[-2:], mode="bilinear", align_corners=False)
         return torch.cat([tokens, self._tokens(near.unflatten(0, video.shape[:2]))], 1)
 
+# %% ../nbs/lib/08_models.ipynb #6e45b242
 def liveliest_frames(video, keep: int):
     "The `keep` frames of each clip `(B, T, 3, H, W)` that differ most from the one before them, and the last one, in their order."
     if not 2 <= keep <= video.shape[1]: raise ValueError(f"{keep} frames cannot be kept of {video.shape[1]}: choose from 2..{video.shape[1]}")
@@ -568,6 +575,7 @@ class Normalise(nn.Module):
 
     def forward(self, video): return video if video.is_floating_point() else video.float().sub_(self.mean).div_(self.std)      # in place: a third of the memory
 
+# %% ../nbs/lib/08_models.ipynb #af294eff
 class VideoClassifier(nn.Module):
     """Backbone, pooler and head. `(B, T, 3, H, W)` uint8 pixels (or normalised floats) -> `logits (B, classes)`, `pooled` and `tokens`;
     with a decoder also `seg (B, bins, 5, h, w)`, a bin being two frames.
@@ -609,6 +617,7 @@ class VideoClassifier(nn.Module):
 
     def forward(self, video): return self.classify(self.encode(video))
 
+# %% ../nbs/lib/08_models.ipynb #f8c26905
 def _encoder(backbone: str | dict, **changes) -> nn.Module:
     if isinstance(backbone, str): return load_backbone(backbone, **changes).requires_grad_(False)
     if changes: raise ValueError(f"{sorted(changes)} are changes of a V-JEPA 2 by name: give them as arguments of {backbone.get('kind')!r}")
@@ -623,6 +632,7 @@ def _grid(encoder) -> tuple[int, int]:
     side = encoder.config.crop_size // encoder.config.patch_size
     return side, side
 
+# %% ../nbs/lib/08_models.ipynb #bd78e15b
 def build_model(
     backbone: str | dict = "demo",  # what `load_backbone` loads, frozen; or dict(kind=one of `ENCODERS`, its arguments)
     pooler: str = "attention",      # one of `POOLERS`
@@ -665,6 +675,7 @@ def _family_proof(encoder, kind):
     inner = next((m for m in (getattr(encoder, "video", None), getattr(encoder, "frames", None)) if m is not None), encoder)
     return Proof("family", kind, f"{type(inner).__name__}, {sum(p.numel() for p in inner.parameters()):,} parameters", isinstance(inner, _FAMILIES[kind]))
 
+# %% ../nbs/lib/08_models.ipynb #15cbfdbb
 def _pooler_proof(pooler, asked, classes):
     wanted = dict(attention=("AttentionPooler", 1), criterion=("AttentionPooler", classes), official=("VJEPA2AttentivePooler", 0), mean=("MeanPooler", 0), lstm=("LSTMPooler", 0))
     seen = type(pooler).__name__, pooler.query.shape[1] if isinstance(pooler, AttentionPooler) else 0
@@ -708,6 +719,7 @@ def idea_proofs(model: VideoClassifier, spec: dict, video: torch.Tensor) -> list
         rows.append(Proof("what is in view", "told to the criteria" if spec["visible"]["told"] else "an auxiliary question", "told, at first with weight 0" if told else "asked alone", told == spec["visible"]["told"]))
     return rows
 
+# %% ../nbs/lib/08_models.ipynb #f831b7e8
 def members_proof(plans: dict[str, tuple]) -> list[Proof]:
     """Proof that the members of an ensemble train what their recipes say, each from weights of its own.
 

@@ -113,6 +113,7 @@ def class_weight_proof(term: LossTerm, weight, pos_weight=(), classes: int = 3) 
     turned = np.allclose(seen.negative, asked, rtol=1e-3) and np.allclose(seen.positive, asked * np.array(list(pos_weight or []) or [1.0]*classes), rtol=1e-3)
     return Proof("class_weight", _say(asked), f"{_say(seen.negative)} on negatives, {_say(seen.positive)} on positives in the loss", bool(turned))
 
+# %% ../nbs/lib/09_objectives.ipynb #1c621b17
 def focal_proof(term: LossTerm, alpha: float, gamma: float, classes: int = 3, slip: bool = False) -> Proof:
     "Proof that `term` weighs positives by `alpha`, negatives by `1 - alpha`, and easy ones down by `gamma`."
     seen = read_loss(term.fn, classes)
@@ -307,6 +308,7 @@ def _blurred(x, p):
     blurred = gaussian_blur2d(x.flatten(1, 2), 13, torch.stack([sigma, sigma], 1)).view_as(x)
     return torch.where(_expand(_draw(len(x), 0, 1, x) < p, x), blurred, x)
 
+# %% ../nbs/lib/09_objectives.ipynb #5436c9e8
 @dataclass(frozen=True)
 class Augment:
     "A transform of uint8 `video (B, T, 3, H, W)` and, where there is one, `mask (B, T, h, w)`; what is 0 is left out."
@@ -389,6 +391,7 @@ def _fill_proof(part, slip):
     found = sorted(set(new.unique().tolist()) - {1})
     return Proof("fill", f"mask pixels from outside the frame are {IGNORE}, of no known class", f"they are {' '.join(map(str, found)) or 'none'}{', background' if 0 in found else ''}", found == [IGNORE], slip)
 
+# %% ../nbs/lib/09_objectives.ipynb #927f7ad8
 def augment_proofs(transform, asked: dict, batch: dict, slips=()) -> list[Proof]:
     """Proof, for each knob of `Augment` that is not 0 in `asked`, that `transform` has it and it changes frames so; `slips` name those expected not to.
 
@@ -438,6 +441,7 @@ def cutmix(batch: dict, order, box) -> dict:
     if "mask_frames" in batch: new["mask_frames"] = (new["mask"] != IGNORE).flatten(2).any(-1)
     return batch | new
 
+# %% ../nbs/lib/09_objectives.ipynb #e0377537
 @dataclass(frozen=True)
 class Mix:
     "A transform: MixUp (arXiv 1710.09412) of a share of batches, CutMix (arXiv 1905.04899) of another; the rest stays clean."
@@ -495,6 +499,7 @@ def _power(alpha, k):
     "The mean of x**k where x is drawn from Beta(alpha, alpha)."
     return math.exp(math.lgamma(alpha + k) + math.lgamma(2*alpha) - math.lgamma(alpha) - math.lgamma(2*alpha + k))
 
+# %% ../nbs/lib/09_objectives.ipynb #62812ac6
 def alpha_proofs(transform, asked: dict, draws: int = 1000) -> list[Proof]:
     """Proof that the shares that the `Mix` of `transform` blends and pastes are spread as by `mixup_alpha` and `cutmix_alpha` in `asked`, where each is used.
 

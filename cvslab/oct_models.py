@@ -68,6 +68,7 @@ class _Attention(nn.Module):
         out, _ = attend(self, q, k, v, None, is_causal=False, scaling=self.scaling, dropout=0.0)
         return self.proj(out.reshape(B, N, D))
 
+# %% ../nbs/lib/08b_oct_models.ipynb #97f29d2f
 class _MLP(nn.Module):
     def __init__(self, dim: int, wide: int):
         super().__init__()
@@ -95,6 +96,7 @@ class _PatchEmbed(nn.Module):
 
     def forward(self, x): return self.proj(x).flatten(2).mT
 
+# %% ../nbs/lib/08b_oct_models.ipynb #34ae4acd
 class OctEncoder(nn.Module):
     "`(B, 1, D, H, W)` normalised volumes -> `(B, N, hidden)` tokens, ordered by depth, row, column."
     def __init__(self, config: OctConfig = None):
@@ -136,6 +138,7 @@ class OctEncoder(nn.Module):
 
     get_vision_features = forward
 
+# %% ../nbs/lib/08b_oct_models.ipynb #f28aa37d
 def random_oct_encoder(config: OctConfig, seed: int) -> OctEncoder:
     "An encoder that has never learned anything: the control every checkpoint must beat."
     with torch.random.fork_rng(devices=[]):
@@ -207,6 +210,7 @@ def _distance(a: dict, b: dict) -> float:
     square = lambda f: sum(float(f(k).double().square().sum()) for k in a.keys() & b.keys())
     return math.sqrt(square(lambda k: a[k].float() - b[k].float()) / max(square(lambda k: b[k].float()), 1e-30))
 
+# %% ../nbs/lib/08b_oct_models.ipynb #7d20bf7b
 def checkpoint_card(content: dict, name: str = "") -> dict:
     "What a checkpoint says of itself: keys, epoch, loss, config; of each encoder tensors, parameters, fingerprint, share moved; `warnings`."
     loss, epoch, states, warnings = content.get("loss"), content.get("epoch"), {}, []
@@ -298,6 +302,7 @@ class OctClassifier(nn.Module):
         pooled = self.pooler(tokens) if tokens.ndim == 3 else tokens
         return dict(logits=self.head(self.standardise(pooled)), pooled=pooled)
 
+# %% ../nbs/lib/08b_oct_models.ipynb #5bc50744
 def build_oct_model(backbone: OctEncoder, pool: str = "mean", head: str = "linear", standardise: bool = True, hidden: int = 256,
                     dropout: float = 0.1, classes: int = 4) -> OctClassifier:
     "A classifier on a frozen encoder; `pool` mean, max or attention, `head` linear or mlp."

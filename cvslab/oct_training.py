@@ -98,6 +98,7 @@ def feature_folder(encoder: OctEncoder, preprocess: Preprocess, pool: str) -> Pa
     "Where the features of an encoder are kept: named by its weights, the preprocessing and the pooling."
     return cache_dir()/"features"/f"{state_fingerprint(encoder.state_dict())}-{preprocess.name}-{pool}"
 
+# %% ../nbs/lib/10b_oct_training.ipynb #24dbab8f
 def extract(
     encoder: OctEncoder,
     table: pd.DataFrame,      # rows of a cohort's table
@@ -132,6 +133,7 @@ def extract(
     index, files, seconds = zip(*kept)
     return Features(table.loc[list(index)].reset_index(drop=True), list(files), pd.DataFrame(seconds, columns=list(STEPS)), computed)
 
+# %% ../nbs/lib/10b_oct_training.ipynb #d7ce2041
 class FeatureSet(Dataset):
     "Features by index for `training.fit`: `video` the feature (D,) or tokens (N, D), `y` the label, `index`; `table` its rows."
     def __init__(self, features: Features, rows=None, labels=None):
@@ -246,6 +248,7 @@ def oct_table(metrics: dict, caption: str = None) -> "pd.io.formats.style.Styler
     table = pd.DataFrame({k: {c: metrics[k].get(c) for c in ("value", "lo", "hi", "chance")} for k in names}).T.astype(float).dropna(axis=1, how="all")
     return table.style.format("{:.3f}", na_rep="not computed").set_caption(caption or f"{metrics['n_participants']} participants, best epoch {metrics['best_epoch']}; {describe_protocol(metrics)}")
 
+# %% ../nbs/lib/10b_oct_training.ipynb #8c4d5163
 def compare_oct(run: Run, experiment: str):
     "Paired difference, `run` minus the newest finished run of `experiment` on the same cohort and protocol; where there is none, a line that says so."
     mine = run.load("metrics.json")

@@ -69,6 +69,7 @@ def split_tokens(hidden: torch.Tensor, generator: torch.Generator = None) -> tup
 # %% ../nbs/lib/11d_pretraining.ipynb #924b3224
 def _take(x, index): return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
+# %% ../nbs/lib/11d_pretraining.ipynb #eca0ebc8
 class Pretrainer(nn.Module):
     """`(B, T, 3, H, W)` pixels -> `logits (B, 2)`: the L1 loss of each clip and that of the best constant (V-JEPA 2, arXiv 2506.09985).
 
@@ -124,6 +125,7 @@ class Pretrainer(nn.Module):
         model.save_pretrained(folder)
         return Path(folder)
 
+# %% ../nbs/lib/11d_pretraining.ipynb #f9f36a52
 def jepa_loss(outputs, batch):
     "Mean L1 of the batch, for a `LossTerm`."
     return outputs["logits"][:, 0].mean()
@@ -191,6 +193,7 @@ def blocks_proof(model: Pretrainer, asked, frames: int) -> list[Proof]:
         rows.append(Proof(f"blocks {i + 1}", f"{kind.n} of {kind.scale:.0%} of a frame, through time", words, turned))
     return rows
 
+# %% ../nbs/lib/11d_pretraining.ipynb #e3116b76
 def guide_proof(model: Pretrainer, batch: dict, context, share: float, slip: bool = False) -> Proof:
     "Proof that `context` draws blocks towards the anatomy of a batch with masks in a `share` of tries, and that they then hide more of it than anywhere else."
     grid, tries = clip_grid(model.backbone, batch["video"].shape[1]), 128
@@ -257,6 +260,7 @@ def spread(where: str, dataset: ClipDataset, clips: int = 32) -> dict:
     return dict(mean_cosine=unit.mean(0).square().sum().item(), deviation=(centred.norm(dim=1).mean() / tokens.norm(dim=1).mean()).item(),
                 effective_rank=torch.special.entr(share).sum().exp().item())
 
+# %% ../nbs/lib/11d_pretraining.ipynb #3d08153b
 def blocks_figure(model: Pretrainer, dataset: ClipDataset, clips: int = 3):
     "Figure of what each kind of mask hides: the last frame of some clips, hidden places grey."
     chosen = np.linspace(0, len(dataset) - 1, clips).astype(int)

@@ -89,6 +89,7 @@ def _word(value) -> str:
     if isinstance(value, list): value = "-".join(map(str, value))
     return re.sub(r"[^A-Za-z0-9.]+", "-", "/".join(str(value).split("/")[-2:])).strip("-.") or "none"
 
+# %% ../nbs/lib/13_runner.ipynb #7e988531
 def run_name(stem: str, settings: dict, seed=None) -> str:
     "A run folder's name: the file's stem, what was set beside it (`data` and what is the machine's left out), and the seed."
     words = [stem, *(f"{k}{_word(v)}" for k, v in settings.items() if k not in MACHINE | {"data", "seed"})]
@@ -245,6 +246,7 @@ def _ranks(processes: int, gpus: bool) -> list[dict]:
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)      # Windows has none
 
+# %% ../nbs/lib/13_runner.ipynb #84173a35
 class Attempt:
     "A running attempt at a job: papermill as one process (or `processes` that train together), its log, its lock and its row in `attempts.csv`."
     def __init__(self, job: Job, slot: int, env: dict, processes: int = 1):
@@ -328,6 +330,7 @@ class Attempt:
         if self.lock is not None: os.close(self.lock)
         return reason, passing
 
+# %% ../nbs/lib/13_runner.ipynb #aebd1503
 def _lock(folder: Path):
     "A lock on the run folder that lives as long as this process or the papermill it starts; None where the system has none, `BlockingIOError` where it is held."
     try: import fcntl
@@ -373,6 +376,7 @@ def _set_aside(job: Job):
     job.dir.rename(old)
     print(f"note: {rel(job.dir)} was set aside as {rel(old)}")
 
+# %% ../nbs/lib/13_runner.ipynb #20357acf
 def _standing(todo, other_code):
     "State and word of every job; `ParameterError` where a folder holds something else than is asked, and nobody said what to do with it."
     code, problems, states = code_fingerprint(), [], {}
@@ -416,6 +420,7 @@ def run_study(
         if state == "new" and (job.dir/"params.json").exists(): _set_aside(job)
     return _Loop(board, [j for j in todo if states[j][0] != "finished"], jobs, processes, retries, wait).run()
 
+# %% ../nbs/lib/13_runner.ipynb #95bfe858
 class _Loop:
     "Starts jobs while slots are free, watches them, and ends with each finished, failed for a stated reason, or stopped and resumable."
     grace = 30.0                            # seconds between a SIGTERM passed on and a SIGKILL

@@ -93,6 +93,7 @@ def _etag(info: dict) -> str:
     tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     return tag or f"{info['size']:x}-{int(float(info.get('mtime') or 0) * 1e9):x}"
 
+# %% ../nbs/lib/02_storage.ipynb #6cd4da3d
 class Store:
     "A local folder (as seen from the project), `s3://bucket/prefix` or `gs://bucket/prefix`, read by key; raises `StorageError`."
     def __init__(self,
@@ -309,6 +310,7 @@ class Mirror:
         except StorageError as e: print(f"note: this run's copy is behind, the next epoch's goes with it: {e}", flush=True)
         finally: self.store.tries = tries
 
+# %% ../nbs/lib/02_storage.ipynb #ed20ab92
 def _md5(path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "md5").hexdigest()
 

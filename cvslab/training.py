@@ -45,6 +45,7 @@ TRACKERS = ("none", "tensorboard", "wandb")
 def _no_device(asked, seen):
     return f"device {asked!r} was asked for and is {seen} (torch {torch.__version__}): pass `-p device auto` or `-p device cpu` (with USE_TORCH_XLA=0 where torch_xla is installed), or install the build for it"
 
+# %% ../nbs/lib/10_training.ipynb #b5e5f714
 @dataclass(frozen=True)
 class Recipe:
     "Every choice of a training but the model and the data; `score(y, logits) -> dict` must hold the `monitor` that selects the epoch."
@@ -131,6 +132,7 @@ def _loader(acc, dataset, sampler, size, workers):
     loader = DataLoader(dataset, size, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=acc.device.type == "cuda", **spawned)
     return prepare_data_loader(loader, acc.device, acc.num_processes, acc.process_index, put_on_device=True, non_blocking=True)
 
+# %% ../nbs/lib/10_training.ipynb #0bed472c
 def param_groups(model, recipe: Recipe) -> list[dict]:
     "Trainable parameters as AdamW takes them: one entry a group, or a group and encoder layer where `layer_decay` tells the layers apart."
     found = {}
@@ -237,6 +239,7 @@ def _lora_proof(model):
     found = f"{seen[0]} modules, {seen[1]:,} parameters, scale {' '.join(f'{s:g}' for s in scales)}, dropout {' '.join(f'{d:g}' for d in drops)}"
     return Proof("lora", words, found, seen == want and scales == {round(alpha/asked["rank"], 6)} and drops == {round(dropout, 6)})
 
+# %% ../nbs/lib/10_training.ipynb #4d00b280
 def _head_proof(model):
     asked, dim = model.spec, model.backbone.config.hidden_size
     pooler = POOLERS[asked["pooler"]](dim, model.backbone.config.num_attention_heads, asked["classes"])
@@ -268,6 +271,7 @@ def _bins_reached(see, video, bins):
     other[:, -2:] += 1
     return int((see(video) - see(other)).abs().unflatten(1, (bins, -1)).amax((0, 2, 3)).gt(1e-6).sum())
 
+# %% ../nbs/lib/10_training.ipynb #76bf30fe
 def _window_vit_proofs(model, asked, noise):
     "Windows, shift, time and dropped paths of a `WindowViT`, seen by what a change of one token or bin reaches."
     encoder, side, window, bins = model.backbone, model.backbone.side, asked["window"], noise.shape[1] // 2
@@ -311,6 +315,7 @@ def _swin_proofs(model, asked, noise):
 
 _ENCODER_PROOFS = dict(window_vit=_window_vit_proofs, hybrid=_hybrid_proofs, swin=_swin_proofs)
 
+# %% ../nbs/lib/10_training.ipynb #7ed999ba
 @torch.no_grad()
 def _encoder_proofs(model, frames):
     "Proof that an encoder built from values is what they say; clips of noise with `frames` frames are put through it."
@@ -347,6 +352,7 @@ def _loss_proofs(model, batch, recipe, acc):
     yield Proof("precision", recipe.precision, f"logits in {dtype}, the loss is {'' if scaled else 'not '}scaled",
                 outputs["logits"].dtype == (DTYPES[recipe.precision] or torch.float32) and scaled == (recipe.precision == "fp16"))
 
+# %% ../nbs/lib/10_training.ipynb #cbe44c63
 def _transform_proof(batch, recipe):
     for _ in range(16):                                    # a transform that leaves some batches alone gets several draws
         new = recipe.transform(batch)["video"]
@@ -355,6 +361,7 @@ def _transform_proof(batch, recipe):
     clips = (new != batch["video"]).flatten(1).any(1).float().mean().item()
     return Proof("augmentation", "pixels that change", f"{pixels:.1%} of pixels, in {clips:.0%} of clips", pixels > 0)
 
+# %% ../nbs/lib/10_training.ipynb #305182a0
 def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, proofs: list[Proof] = ()) -> pd.DataFrame:
     """Prove on the first batch that every knob turns, write `applied.json` and return the table; `PreflightError` if one does not.
 
@@ -437,6 +444,7 @@ def _best_file(run, history):
     monitor = next(k for k in history[0] if k.startswith("val_"))[4:]
     return run.dir/"checkpoint"/f"epoch_{history[_best(history, monitor)]['epoch']:04d}.pt"
 
+# %% ../nbs/lib/10_training.ipynb #2e56e61e
 def _resumable(run: Run):
     "The newest checkpoint that can be read and whose best epoch can be, or None: what was lost is trained again."
     for path in _checkpoints(run):
@@ -525,6 +533,7 @@ def _trial(model):
         model.zero_grad()
         model.train(mode)
 
+# %% ../nbs/lib/10_training.ipynb #832a4150
 def _steps(acc, model, train, recipe, n: int):
     "Train for one step to warm up and for `n` more at a rate of 0; yields the seconds of reading and of all else, and the batch, of each of the `n`."
     order = list(Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed))
@@ -564,6 +573,7 @@ def _memory(device):
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
     return psutil.Process().memory_info().rss, psutil.virtual_memory().total
 
+# %% ../nbs/lib/10_training.ipynb #5520320b
 def estimate(model: VideoClassifier, datasets: dict[str, Dataset], recipe: Recipe, run: Run, steps: int = 3) -> pd.DataFrame:
     """What the training will take at most: time, memory and disk, reckoned from `steps` measured steps; also in `estimate.json`. Nothing changes in `model`.
 
@@ -607,6 +617,7 @@ def _train_scores(acc, model, train, recipe, ys, logits, size):
     chosen = np.random.default_rng(recipe.seed).permutation(len(train))[:size]
     return recipe.score(*predict(model, train, recipe, np.sort(chosen), acc))
 
+# %% ../nbs/lib/10_training.ipynb #a0f794ce
 def _tracker(acc, recipe, run):
     "accelerate's tracker, begun with the run's parameters, or None."
     if recipe.tracker == "none" or not acc.is_main_process: return None
@@ -624,6 +635,7 @@ def _runaway(history: list[dict], recipe: Recipe) -> str | None:
     last = history[-1]
     return f"note: from epoch {last['epoch']} on {m} is {last[f'train_{m}']:.3f} on train and {last[f'val_{m}']:.3f} on val: the model learns its training set by heart"
 
+# %% ../nbs/lib/10_training.ipynb #d7a67d2b
 def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, run: Run) -> pd.DataFrame:
     """Train `model`, continuing where an earlier call was cut; returns the history and leaves the best epoch's weights in `model`.
 
@@ -689,6 +701,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     load_best(model, run)
     return pd.DataFrame(history)
 
+# %% ../nbs/lib/10_training.ipynb #34ee3f55
 def load_last(model, run: Run) -> dict:
     "Load the weights of the last epoch of `run` into `model`: for pretraining, where a lower loss is no better model. Returns the checkpoint."
     state = _newest(run)
@@ -780,6 +793,7 @@ def ensemble(run: Run, members: list[Run]) -> pd.DataFrame:
     mean = sum(t.loc[tables[0].index, ["p_c1", "p_c2", "p_c3"]] for t in tables) / len(tables)
     return tables[0].assign(**mean).reset_index()
 
+# %% ../nbs/lib/10_training.ipynb #7a0da08f
 def compare_with(run: Run, experiment: str, name: str = "*", **params):
     """Paired difference, `run` minus the newest other finished run of `experiment` (a `name` like this, these `params`) on the same data, clips and protocol, in percent.
 

@@ -130,6 +130,7 @@ class Choice:
 
 RECORDED_CHOICE = Choice(device="any", region="any", eye="any", tie="last", radial=True)
 
+# %% ../nbs/lib/04_volumes.ipynb #f37b6d57
 def choose(volumes: pd.DataFrame, choice: Choice) -> tuple[pd.DataFrame, pd.Series]:
     "At most one row of `volumes` a participant, and for every other one the filter that left none (participant -> reason)."
     why, left = {}, volumes
@@ -177,6 +178,7 @@ def _counts(people: pd.DataFrame, found: set, volumes: pd.DataFrame) -> pd.DataF
     out = pd.concat(parts).groupby(["by", "value"], sort=False)["found"].agg(expected="size", found="sum").reset_index()
     return out.assign(lost=out["expected"] - out["found"], share=1 - out["found"] / out["expected"])
 
+# %% ../nbs/lib/04_volumes.ipynb #e2aae616
 def read_cohort(store: Store, choice: Choice = Choice(), max_lost: float = 0.05) -> Cohort:
     "The cohort of an AI-READI tree by its tables and listing; `CohortError` when more than `max_lost` is lost, or a class or site of a split."
     place = store.check("participants.tsv", "retinal_oct/manifest.tsv")
@@ -259,6 +261,7 @@ def _dicom_upward(ds) -> bool:
     at = [g.OphthalmicFrameLocationSequence[0].ReferenceCoordinates for g in (groups[0], groups[-1])] if groups else []
     return len(at) == 2 and at[0][0] + at[0][2] > at[1][0] + at[1][2]
 
+# %% ../nbs/lib/04_volumes.ipynb #0197fff5
 def _read_dicom(f) -> Volume:
     ds = pydicom.dcmread(f)
     if "PixelData" not in ds: raise VolumeError("the file holds no pixel data")
@@ -292,6 +295,7 @@ def _neighbours(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
     lower = np.floor(at).astype(int).clip(0, size - 1)
     return lower, (lower + 1).clip(0, size - 1), at - lower
 
+# %% ../nbs/lib/04_volumes.ipynb #a0b0a79e
 @dataclass(frozen=True)
 class Preprocess:
     "`Volume` -> float32 tensor (1, D, H, W), rounded to half precision; `VolumeError` on a tiny, constant or non-finite one."
@@ -339,6 +343,7 @@ class Preprocess:
         x = x.clamp(max=float(x.max() * 0.99 if voxels > 2**24 else x.quantile(0.99)))
         return ((x - x.min()) / (x.max() - x.min())) ** 0.8
 
+# %% ../nbs/lib/04_volumes.ipynb #1a59bfff
 RECORDED_PREPROCESS = Preprocess(intensity="recorded", orientation="stored")
 
 # %% ../nbs/lib/04_volumes.ipynb #68f179ca
@@ -371,6 +376,7 @@ def _prepare(store: Store, row, preprocess: Preprocess, keep: bool) -> tuple[tor
     if keep: atomic(path, lambda tmp: torch.save(dict(x=x.half(), info=info), tmp))
     return x, info | dict(seconds_read=got - began, seconds_decode=decoding, seconds_resize=time.perf_counter() - got - decoding)
 
+# %% ../nbs/lib/04_volumes.ipynb #741db7c9
 def stream(table: pd.DataFrame, store: Store, preprocess: Preprocess, ledger: Ledger, keep: bool = True, workers: int = 2) -> Iterator[tuple]:
     "`(row, tensor (1, D, H, W), info)` of every usable volume of a cohort's table, in order; the rest goes to `ledger`, which the caller checks."
     rows, ahead, seen = iter(table.itertuples(index=False)), deque(), {}

@@ -16,6 +16,14 @@ def project(tmp_path):
     (tmp_path/"outputs").mkdir()
     return tmp_path
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    "The part of a project that a page needs to find itself."
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("nbs", "cvslab"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT/"settings.ini", folder)
+    return folder
+
 def start_papermill(project, notebook, *args, **popen):
     "Start `papermill nbs/<notebook>.ipynb outputs/<notebook>.ipynb <args>` in `project`."
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(CVSLAB_CACHE=os.environ.get("CVSLAB_CACHE", str(ROOT/".cache")), PYTHONPATH=str(project))

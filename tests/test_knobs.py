@@ -1,9 +1,8 @@
 "Each knob of the pages 03 to 16 that the page itself proves, broken on purpose where it takes it from: its preflight stops the run and names it."
-import dataclasses, shutil
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
-from conftest import ROOT
 from pages import run_page, small
 
 from cvslab import endoscapes, models, objectives, training
@@ -102,14 +101,6 @@ BROKEN = {   # knob: page, parameters, where it is broken, under which name, by 
     "smoothing forgotten": ("16_clean_labels", dict(label_targets=[.05, .95]), objectives, "bce", plain, "label targets: asked negative 0.05"),
     "never mixed": ("16_clean_labels", dict(mixup=.3, cutmix=.3), objectives.Mix, "__call__", lambda self, batch: batch, "mixing: asked mixup 30%"),
 }
-
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    "The part of a project that a page needs to find itself."
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("nbs", "cvslab"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT/"settings.ini", folder)
-    return folder
 
 @pytest.mark.parametrize("knob", BROKEN)
 def test_a_broken_knob_stops_the_run(knob, scratch, monkeypatch):

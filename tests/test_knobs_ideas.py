@@ -1,8 +1,7 @@
 "Each knob of the pages 17 and 18, broken on purpose where the page takes it from: its preflight stops the run and names it."
-import dataclasses, shutil
+import dataclasses
 
 import pytest
-from conftest import ROOT
 from pages import run_page, small
 from transformers import Dinov2Config, Dinov2Model, VideoMAEConfig, VideoMAEModel
 
@@ -90,15 +89,12 @@ INERT = {"hierarchical": dict(hierarchical=True), "train_only": dict(train_only=
          "targets": dict(rank=0, targets=["q", "k"]), "regularized": dict(window=[1, 2, 2], regularized=True)}
 
 @pytest.fixture(scope="module")
-def scratch(tmp_path_factory):
-    "The part of a project that a page needs to find itself, and small backbones of other families."
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("nbs", "cvslab"): shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT/"settings.ini", folder)
+def scratch(scratch):
+    "With small backbones of other families."
     wide = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=64)
-    VideoMAEModel(VideoMAEConfig(**wide, num_frames=4, intermediate_size=64)).save_pretrained(folder/"weights/videomae")
-    Dinov2Model(Dinov2Config(**wide, patch_size=16)).save_pretrained(folder/"weights/images")
-    return folder
+    VideoMAEModel(VideoMAEConfig(**wide, num_frames=4, intermediate_size=64)).save_pretrained(scratch/"weights/videomae")
+    Dinov2Model(Dinov2Config(**wide, patch_size=16)).save_pretrained(scratch/"weights/images")
+    return scratch
 
 def begun(project, page, knob, change): return run_page(project, page, small("".join(c if c.isalnum() else "-" for c in knob)) | change, until="training.estimate")
 
