@@ -10,7 +10,7 @@ __all__ = ['SPLITS', 'CRITERIA', 'CLASSES', 'IGNORE', 'BLACK', 'OFFICIAL', 'RECO
            'budget_proof', 'label_proof', 'clip_proof', 'geometry_proof', 'data_proofs']
 
 # %% ../nbs/lib/03_endoscapes.ipynb #a7353f73
-import io, json, os, random, shutil, zlib
+import io, json, os, random, shutil, threading, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from simplejpeg import decode_jpeg, decode_jpeg_header, is_jpeg
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -395,25 +395,28 @@ def rater_table(frames: pd.DataFrame) -> pd.DataFrame:
 BLOCK = 64       # frames packed, checked and noted together
 PIXELS = 2       # raised when the same image would be packed as other pixels: stores and features of another number are not read
 
-def _cut(image: Image.Image, geometry: str) -> Image.Image:
-    "The central square of the image for crop, the whole of it for squash."
+def _cut(image: np.ndarray, geometry: str) -> np.ndarray:
+    "The central square of an image `(h, w, ...)` for crop, the whole of it for squash."
     if geometry != "crop": return image
-    width, height = image.size
+    height, width = image.shape[:2]
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    return image[top:top + side, left:left + side]
 
-def _lent(image: Image.Image) -> torch.Tensor:
-    "`(h, w, 4)` uint8 of an RGB image in Pillow's own memory, or `(h, w, 3)` copied where Pillow cannot lend it (before 11.2, or above 16 MB)."
-    try: return torch.from_dlpack(pa.array(image).flatten()).view(image.height, image.width, 4)
-    except (TypeError, ValueError): return torch.from_numpy(np.array(image))
+_scratch = threading.local()
+
+def _decoded(path: Path) -> np.ndarray:
+    "`(h, w, 3)` uint8 of a JPEG, to be used up before this thread decodes the next into the same memory: fresh memory takes a third as long as decoding."
+    jpeg = path.read_bytes()
+    if not is_jpeg(jpeg): raise ValueError(f"no JPEG: it begins with {jpeg[:8]!r}")
+    height, width = decode_jpeg_header(jpeg)[:2]
+    if len(getattr(_scratch, "memory", ())) < 3*width*height: _scratch.memory = np.empty(3*width*height, np.uint8)
+    return decode_jpeg(jpeg, buffer=_scratch.memory)
 
 def _pixels(path: Path, geometry: str, size: int) -> np.ndarray:
-    "`(3, size, size)` uint8 of an image, resized bilinearly with antialiasing, as Pillow does but for the last bit."
-    with Image.open(path) as image:
-        image = _cut(image if image.mode == "RGB" else image.convert("RGB"), geometry)
-        image.load()
-        return F.interpolate(_lent(image).permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)[0, :3].numpy()
+    "`(3, size, size)` uint8 of a JPEG, resized bilinearly with antialiasing, as Pillow does but for the last bit."
+    image = torch.from_numpy(_cut(_decoded(path), geometry)).permute(2, 0, 1)
+    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0].numpy()
 
 def _read_json(path: Path) -> dict:
     "What a note or an index holds; empty where there is none or it was damaged."
@@ -496,7 +499,7 @@ def _pack_masks(tree: Path, frames: pd.DataFrame, geometry: str, size: int) -> t
     masked = frames[frames["mask"] != ""]
     entries = [[m, (tree/m.split("#")[0]).stat().st_size] for m in masked["mask"]]
     path = cache_dir()/"frames"/f"masks_{geometry}{size}_{digest([tree.name, entries], 12)}.npy"
-    def square(mask): return np.asarray(_cut(Image.fromarray(mask), geometry).resize((size, size), Image.Resampling.NEAREST))
+    def square(mask): return np.asarray(Image.fromarray(_cut(mask, geometry)).resize((size, size), Image.Resampling.NEAREST))
     def stack(): return np.stack([square(read_mask(tree, m)) for m in masked["mask"]])
     if len(masked) and not path.exists(): atomic(path, lambda tmp: np.save(tmp, stack()))
     return path, pd.Index(_ids(masked["video"], masked["frame"]))
