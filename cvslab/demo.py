@@ -151,15 +151,16 @@ def _look(rng, size):
     def lumps(centres, low, high, tone, shine=.45, squash=.8):
         for centre, radius, bumps in zip(centres, rng.uniform(low, high, len(centres)), rng.uniform(0, 2*pi, len(centres))):
             yield centre, _body(_lump(0, radius, bumps, squash), _mix(v.colour[tone], _RUST, bumps/8), shine, 3)
+    def stacked(lumps): return [np.stack(x) for x in zip(*((centre, [points for points, _ in layers], [tone for _, tone in layers]) for centre, layers in lumps))]
     def still(lumps): return [(0, [(centre + points, colour) for points, colour in layers]) for centre, layers in lumps]
 
     v.colour = {name: tuple(int(x) for x in np.clip(shift(rgb, 7), 0, 255)) for name, rgb in _COLOURS.items()}
     v.gallbladder, liver, lobe, omentum = (_smooth(shift(p)) for p in (_GALLBLADDER, _LIVER, _LOBE, _OMENTUM))
     v.duct = _curve(*shift(_points((.9, .56), (.62, .71), (.2, .83)), .015))
     v.artery = _curve(*shift(_points((.98, .4), (.66, .45), (.2, .55)), .015))
-    v.fat = list(lumps(v.duct[:13].repeat(2, 0) + rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0), .05, .085, "fat"))
-    v.sheath = list(lumps(shift(np.concatenate([v.duct[1:14:2], v.artery[1:14:2]]), .012), .07, .095, "sheath", .4, .62))
-    v.fat_until, v.sheath_until = (rng.permutation(np.linspace(.1, .9, len(x))) for x in (v.fat, v.sheath))
+    v.fat = stacked(lumps(v.duct[:13].repeat(2, 0) + rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0), .05, .085, "fat"))
+    v.sheath = stacked(lumps(shift(np.concatenate([v.duct[1:14:2], v.artery[1:14:2]]), .012), .07, .095, "sheath", .4, .62))
+    v.fat_until, v.sheath_until = (rng.permutation(np.linspace(.1, .9, len(centres))) for centres, _, _ in (v.fat, v.sheath))
     v.behind = [(0, [(_points((-3, -3), (5, -3), (5, 4), (-3, 4)), v.colour["belly"])]), (0, _body(liver, v.colour["liver"], .1)),
                 (None, [(lobe + .02, _mix(v.colour["liver"], _DARK, .5))]), (0, _body(lobe, v.colour["lobe"], .16)),
                 (0, _body(omentum, v.colour["fat"], .15))]
@@ -183,8 +184,8 @@ def _look(rng, size):
     y, x = (np.mgrid[:h, :w] - np.array([h, w])[:, None, None]/2)/h
     radius = np.hypot(.82*x, y)/rng.uniform(.93, 1.3)
     fall = (1.2 - 1.05*radius**2)*np.clip(14*(.8 - radius), 0, 1)
-    v.light = (fall[..., None]*rng.uniform(.92, 1.12)*rng.normal(1, .025, 3)).astype(np.float32)
-    v.tissue, v.haze = 1 + .07*cloud(14, 24, 1.5) + .02*cloud(50, 88, 1.5), .7 + .35*cloud(6, 14, 2)
+    v.light = (fall[..., None]*rng.uniform(.92, 1.12)*rng.normal(1, .025, 3)).astype(np.float32).reshape(h, 3*w)
+    v.tissue, v.haze = (x.repeat(3, 1) for x in (1 + .07*cloud(14, 24, 1.5) + .02*cloud(50, 88, 1.5), .7 + .35*cloud(6, 14, 2)))
     return v
 
 # %% ../nbs/lib/05_demo.ipynb #39312be4
@@ -203,9 +204,10 @@ def _covers(v, c1, c2):
         width = .13*np.sin(np.linspace(.7, pi - .5, 16))[-end:]
         for path in (v.duct, v.artery): yield 0, _tube(path[:end], width, _mix(v.colour["sheath"], (170, 80, 70), .3), .2)
     yield from v.beside
-    for lumps, until, gone in ((v.fat, v.fat_until, c2), (v.sheath, v.sheath_until, c1)):
-        for (centre, layers), left in zip(lumps, np.clip((until + .15 - gone)/.3, 0, 1)**.6):
-            if left > .1: yield 0, [(centre + left*points, tone) for points, tone in layers]
+    for (centres, shapes, tones), until, gone in ((v.fat, v.fat_until, c2), (v.sheath, v.sheath_until, c1)):
+        left = np.clip((until + .15 - gone)/.3, 0, 1)**.6
+        placed = centres[:, None, None] + left[:, None, None, None]*shapes
+        for i in np.flatnonzero(left > .1): yield 0, list(zip(placed[i], map(tuple, tones[i].tolist())))
 
 def _scene(v, shown, t, rng):
     "Objects of one frame from back to front: [(class, [(points, colour), ...]), ...]."
@@ -239,16 +241,18 @@ def _picture(v, objects, camera, t, rng, size):
     pen = ImageDraw.Draw(canvas)
     polygons = [layer for _, layers in objects for layer in layers]
     polygons += [(_lump(c, r, 50*r, .5), (255, 250, 244)) for c, r in zip(v.glints, .014*rng.normal(.7, .5, len(v.glints)).clip(0))]
-    corners, end = (2*(np.concatenate([points for points, _ in polygons])@turn + move)).ravel().tolist(), 0
-    for points, colour in polygons:
-        start, end = end, end + points.size
-        pen.polygon(corners[start:end], fill=colour)
+    corners, ends = 2*(np.concatenate([points for points, _ in polygons])@turn + move), np.cumsum([len(points) for points, _ in polygons])
+    starts = np.concatenate([[0], ends[:-1]])
+    seen = ((np.maximum.reduceat(corners, starts) > -2) & (np.minimum.reduceat(corners, starts) < np.array(canvas.size) + 2)).all(1)
+    corners = corners.ravel().tolist()
+    for (_, colour), start, end, shown in zip(polygons, (2*starts).tolist(), (2*ends).tolist(), seen.tolist()):
+        if shown: pen.polygon(corners[start:end], fill=colour)
     x, y = int(w*(.25 + .12*sin(t/17 + v.phase[1]))), int(h*(.25 + .12*sin(t/14 + v.phase[2])))
     drift = int(w*(.5 + .5*sin(t/9 + v.phase[8])))
-    smoke = np.clip(v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, drift:drift+w, None], 0, .6)
-    pixels = np.asarray(canvas.reduce(2), np.float32)
-    pixels = (pixels + smoke*(190 - pixels))*v.light*v.tissue[y:y+h, x:x+w, None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    smoke = np.clip(v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, 3*drift:3*(drift + w)], 0, .6)                 # channels beside each other: no short loops
+    pixels = np.asarray(canvas.reduce(2), np.float32).reshape(h, 3*w)
+    pixels = (pixels + smoke*(190 - pixels))*v.light*v.tissue[y:y+h, 3*x:3*(x + w)]
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).reshape(h, w, 3))
 
 def _instances(objects, camera, size):
     "What is seen of each object: (h, w) of indices into `objects`, and the mask class of each index."
@@ -382,13 +386,15 @@ def draw_endoscapes(
         if not 1 <= n <= last - first + 1: raise ValueError(f"{n} videos in {split}: choose 1 to {last - first + 1} (ids {first} to {last})")
     card = dict(drawing=DRAWING, seed=seed, videos=list(videos), seconds=list(seconds), size=list(size), mask_every=mask_every, masked=masked)
     rng, tree = np.random.default_rng(seed), folder.with_name(f".{folder.name}.{os.getpid()}")
-    told = [video for split, n in zip(VIDEO_IDS, videos) for video in _story(split, n, seconds, masked, rng)]
     try:
         for name in (*VIDEO_IDS, *(f"{split}_seg" for split in VIDEO_IDS), "insseg", "semseg"): (tree/name).mkdir(parents=True)
         save(tree/"drawn_by_cvslab.json", card)
+        told, drawn = [], []
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            drawn = (map if workers == 1 else pool.map)(_draw_video, repeat(tree), told, repeat(card))
-            _write_tables(tree, told, [row for rows in drawn for row in rows], card, rng)
+            for split, n in zip(VIDEO_IDS, card["videos"]):
+                told += (story := _story(split, n, seconds, masked, rng))
+                drawn.append((map if workers == 1 else pool.map)(_draw_video, repeat(tree), story, repeat(card)))   # while the next are told
+            _write_tables(tree, told, [row for videos in drawn for rows in videos for row in rows], card, rng)
         tree.rename(folder)
     finally: shutil.rmtree(tree, ignore_errors=True)
     return folder
