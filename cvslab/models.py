@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'RotaryAttention', 'cache_rotary', 'compile_layers',
            'load_backbone', 'load_frames', 'input_size', 'depth_of', 'fingerprint', 'AttentionPooler', 'MeanPooler',
-           'LSTMPooler', 'mlp_head', 'add_lora', 'lora_modules', 'lora_size', 'count_lora', 'upper_layers',
+           'LSTMPooler', 'mlp_head', 'Dropout', 'add_lora', 'lora_modules', 'lora_size', 'count_lora', 'upper_layers',
            'projections_proof', 'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT',
            'masked_norm', 'masked_norm_proof', 'sizes_proof', 'SwinFrames', 'Hybrid', 'stage_proof', 'Video', 'Images',
            'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise', 'VideoClassifier', 'build_model',
@@ -197,7 +197,16 @@ def mlp_head(dim: int, hidden: int = 512, classes: int = 3, dropout: float = 0.5
             nn.init.zeros_(layer.bias)
     return head
 
-# %% ../nbs/lib/08_models.ipynb #e0430014
+# %% ../nbs/lib/08_models.ipynb #1fd7929b
+class Dropout(nn.Dropout):
+    "Torch's dropout with masks on the CPU from 16 random bits an element: `p` to the nearest 65,536th, what is kept scaled by exactly that. Elsewhere torch's own."
+    def forward(self, x):
+        lost = round(self.p * 2**16)
+        if not self.training or lost in (0, 2**16) or x.device.type != "cpu": return super().forward(x)
+        bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)[:x.numel()].view(x.shape)
+        return x * (bits >= lost - 2**15) * (2**16 / (2**16 - lost))
+
+# %% ../nbs/lib/08_models.ipynb #bf8a8a60
 LORA_TARGETS = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 _ALIASES = LORA_TARGETS | {v.split(".")[1]: v for v in LORA_TARGETS.values()}
 
@@ -217,6 +226,8 @@ def add_lora(backbone: VJEPA2Model, rank: int, alpha: float = None, dropout: flo
     config = LoraConfig(r=rank, lora_alpha=2*rank if alpha is None else alpha, lora_dropout=dropout, bias="none",
                         target_modules=rf"{where}\.layer\.({which})\.({names})")
     backbone = inject_adapter_in_model(config, backbone)
+    for m in backbone.modules():
+        if dropout and isinstance(m, LoraLayer): m.lora_dropout["default"] = Dropout(dropout)
     for n, p in backbone.named_parameters(): p.requires_grad_("lora_" in n)
     return backbone
 

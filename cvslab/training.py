@@ -161,9 +161,11 @@ def _autocast(acc, recipe):
     dtype = DTYPES[recipe.precision]
     return torch.autocast(acc.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
+def _bare(model): return getattr(model, "module", model)    # inside DistributedDataParallel; accelerate's own way walks through every module
+
 def _backward(acc, model, batch, recipe, scaler):
     "Forward and backward of a batch; returns its loss and outputs."
-    with recipe.context(acc.unwrap_model(model), batch):
+    with recipe.context(_bare(model), batch):
         with _autocast(acc, recipe):
             outputs = model(batch["video"])
             loss = sum(term.weight * term.fn(outputs, batch) for term in recipe.losses.values())
@@ -514,7 +516,7 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
                 scaler.update()
                 schedule.step()
                 optimizer.zero_grad()
-                recipe.after_step(acc.unwrap_model(model), schedule.last_epoch / total_steps)
+                recipe.after_step(_bare(model), schedule.last_epoch / total_steps)
         total += loss
         steps += 1
         if recipe.train_scores == "running":
