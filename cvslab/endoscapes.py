@@ -448,7 +448,9 @@ class _Array:
     def _decode(self, name: str, out: np.ndarray) -> str | None:
         "Decode one image into `out`; return why it cannot be read, if it cannot."
         try: out[:] = _pixels(self.tree/name, self.geometry, self.size)
-        except (OSError, ValueError, SyntaxError) as e: return f"{type(e).__name__}: {e}".replace(str(self.tree), self.tree.name)
+        except (OSError, ValueError) as e:
+            out[:] = 0
+            return f"{type(e).__name__}: {e}".replace(str(self.tree), self.tree.name)
 
     def _pack(self, start: int, decoders: ThreadPoolExecutor) -> dict:
         "Decode the block that begins at `start` into its place, unless its bytes are as noted; what cannot be read is named and leaves it undone."
@@ -457,7 +459,7 @@ class _Array:
         with open(self.file, "r+b") as f:
             f.seek(self._place(start))
             if note and zlib.crc32(f.read(note["bytes"])) == note["crc"]: return note
-            pixels = np.zeros((len(paths), 3, self.size, self.size), np.uint8)
+            pixels = np.empty((len(paths), 3, self.size, self.size), np.uint8)
             unreadable = {name: why for name, why in zip(paths, decoders.map(self._decode, paths, pixels)) if why}
             f.seek(self._place(start))
             f.write(pixels)
