@@ -6,11 +6,11 @@
 __all__ = ['Share', 'Device', 'Precision', 'Split', 'Reported', 'ProtocolName', 'TrainScores', 'Tracker', 'PoolerName',
            'LoraTarget', 'Augmented', 'Sampling', 'Labels', 'Geometry', 'Supervision', 'Masking', 'Family', 'Arm',
            'Slip', 'MACHINE', 'PACKAGES', 'root', 'cache_dir', 'in_test', 'main_process', 'rel', 'atomic', 'save',
-           'load', 'Ledger', 'derive_seed', 'seed_all', 'digest', 'ParameterError', 'declared', 'injected',
-           'check_parameters', 'Proof', 'code_fingerprint', 'git_state', 'Run']
+           'load', 'Ledger', 'derive_seed', 'seed_all', 'digest', 'keep_memory', 'ParameterError', 'declared',
+           'injected', 'check_parameters', 'Proof', 'code_fingerprint', 'git_state', 'Run']
 
 # %% ../nbs/lib/00_core.ipynb #78cd0a02
-import ast, copy, difflib, hashlib, importlib.metadata, json, os, random, re, shutil, subprocess, sys, time
+import ast, copy, ctypes, difflib, hashlib, importlib.metadata, json, os, platform, random, re, shutil, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_origin
@@ -127,6 +127,15 @@ def digest(obj, n: int = 8) -> str:
     "First `n` hex digits of the SHA-256 of `obj` as sorted JSON (bytes as they are)."
     data = obj if isinstance(obj, bytes) else json.dumps(obj, sort_keys=True, default=_plain).encode()
     return hashlib.sha256(data).hexdigest()[:n]
+
+# %% ../nbs/lib/00_core.ipynb #59235c83
+def keep_memory(keep: bool = True):
+    """Let freed arrays and tensors leave their memory to later ones: the process holds its peak until it ends. `False` is what glibc does by
+    itself, in which a page is cleared by the kernel each time it is used anew (mallopt(3)). Without glibc nothing changes."""
+    if platform.libc_ver()[0] != "glibc": return
+    mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+    mallopt(mmap_threshold, 2**28 if keep else 2**25)
+    mallopt(trim_threshold, -1 if keep else 2**26)
 
 # %% ../nbs/lib/00_core.ipynb #42b5ba3e
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -254,6 +263,7 @@ class Run:
         self.dir, self.data, self.began = outputs/experiment/self.name, None, time.time()
         if in_test(): shutil.rmtree(self.dir, ignore_errors=True)
         if "seed" in self.params: seed_all(self.params["seed"])
+        keep_memory()
 
     def _identity(self): return {k: v for k, v in self.params.items() if k not in MACHINE}
 

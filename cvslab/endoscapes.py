@@ -415,8 +415,8 @@ def _decoded(path: Path) -> np.ndarray:
 
 def _pixels(path: Path, geometry: str, size: int) -> np.ndarray:
     "`(3, size, size)` uint8 of a JPEG, resized bilinearly with antialiasing, as Pillow does but for the last bit."
-    image = torch.from_numpy(_cut(_decoded(path), geometry)).permute(2, 0, 1)
-    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0].numpy()
+    image = torch.from_numpy(_cut(_decoded(path), geometry))[None].permute(0, 3, 1, 2)       # channels last to torch as well, which then resizes it as it is
+    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0].numpy()
 
 def _read_json(path: Path) -> dict:
     "What a note or an index holds; empty where there is none or it was damaged."
