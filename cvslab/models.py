@@ -12,13 +12,14 @@ __all__ = ['LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'RotaryAttentio
            'idea_proofs', 'members_proof', 'group_of', 'trainable']
 
 # %% ../nbs/lib/08_models.ipynb #38e482a1
-import re
-from collections.abc import Callable
+import math, re
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -198,13 +199,22 @@ def mlp_head(dim: int, hidden: int = 512, classes: int = 3, dropout: float = 0.5
     return head
 
 # %% ../nbs/lib/08_models.ipynb #1fd7929b
+@torch.library.custom_op("cvslab::kept", mutates_args=())
+def _kept(seed: torch.Tensor, shape: Sequence[int], lost: int) -> torch.Tensor:
+    "A mask of `shape`, False for `lost` of 65,536 elements, from numpy's SFC64, which draws much faster than torch; an operator, so that torch.compile calls it as it is."
+    n = math.prod(shape)
+    bits = np.random.Generator(np.random.SFC64(int(seed))).integers(2**64, size=-(-n // 4), dtype=np.uint64).view(np.uint16)
+    return torch.from_numpy(bits[:n] >= lost).view(shape)
+
+@_kept.register_fake
+def _(seed, shape, lost): return torch.empty(shape, dtype=torch.bool)
+
 class Dropout(nn.Dropout):
     "Torch's dropout with masks on the CPU from 16 random bits an element: `p` to the nearest 65,536th, what is kept scaled by exactly that. Elsewhere torch's own."
     def forward(self, x):
         lost = round(self.p * 2**16)
         if not self.training or lost in (0, 2**16) or x.device.type != "cpu": return super().forward(x)
-        bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 4),)).view(torch.int16)[:x.numel()].view(x.shape)
-        return x * (bits >= lost - 2**15) * (2**16 / (2**16 - lost))
+        return x * _kept(torch.randint(2**63 - 1, ()), x.shape, lost) * (2**16 / (2**16 - lost))
 
 # %% ../nbs/lib/08_models.ipynb #bf8a8a60
 LORA_TARGETS = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
