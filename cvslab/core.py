@@ -131,7 +131,8 @@ def digest(obj, n: int = 8) -> str:
 # %% ../nbs/lib/00_core.ipynb #59235c83
 def keep_memory(keep: bool = True):
     """Let freed arrays and tensors leave their memory to later ones: the process holds its peak until it ends. `False` is what glibc does by
-    itself, in which a page is cleared by the kernel each time it is used anew (mallopt(3)). Without glibc nothing changes."""
+    itself, in which a page is cleared by the kernel each time it is used anew (mallopt(3)). Threads beside the main one keep pieces of up to
+    32 MB. Without glibc nothing changes."""
     if platform.libc_ver()[0] != "glibc": return
     mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
     mallopt(mmap_threshold, 2**28 if keep else 2**25)
