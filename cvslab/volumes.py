@@ -27,7 +27,7 @@ from pydicom.uid import RLELossless, UID
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .core import Ledger, atomic, cache_dir, digest
+from .core import MISSING, Ledger, atomic, cache_dir, digest, numbers, read_table, words
 from .storage import Store, StorageError
 
 # %% ../nbs/lib/04_volumes.ipynb #4413733b
@@ -40,70 +40,120 @@ DEVICES = ("heidelberg_spectralis", "topcon_maestro2", "topcon_triton", "zeiss_c
 RELEASES = {"2.0.0": (1067, 1061), "3.0.0": (2280, 2266)}   # participants, and those with OCT
 IDS = ("participant_id", "person_id")
 
+_GROUPS = {c: (c.replace("and_or", "and/or"), name) for c, name in zip(CLASSES, CLASS_NAMES)}
+_SPLITS = dict(train=("training",), val=("valid", "validation"), test=("testing",))
+_SITES = dict(UW=("University of Washington",), UCSD=("UC San Diego", "University of California San Diego"),
+              UAB=("University of Alabama at Birmingham",))
+_FLAGS = dict(TRUE=("T", "yes", "Y", "1", "1.0"), FALSE=("F", "no", "N", "0", "0.0"))
+
 def _table(store: Store, key: str, needed: set) -> tuple[pd.DataFrame, str]:
     "A tab-separated table as text, its id column renamed `participant`, and what that column was called."
-    table = pd.read_csv(io.BytesIO(store.read(key)), sep="\t", dtype=str, keep_default_na=False)
+    table = read_table(store.read(key), key, "\t")
     names = [c for c in IDS if c in table]
     missing = sorted(needed - set(table))
     if len(names) != 1: raise ValueError(f"{key} has columns {list(table)}: it needs exactly one of {IDS}")
     if missing: raise ValueError(f"{key} lacks columns {missing}: it has {list(table)}")
     return table.rename(columns={names[0]: "participant"}), names[0]
 
-def _only(values: pd.Series, known, what: str):
-    unknown = sorted(set(values) - set(known))
-    if unknown: raise ValueError(f"participants.tsv: unknown {what} {unknown[:5]}: choose from {tuple(known)}")
-
 def read_participants(store: Store) -> pd.DataFrame:
-    """`participants.tsv`, a row a participant: `participant, site, label` (index into `CLASSES`), `age, visit, split, has_oct`.
+    """`participants.tsv`, a row a participant: `participant, site, label` (index into `CLASSES`), `age` (years, 89 for `89+`; NaN only where
+    there is no OCT), `visit, split, has_oct`.
 
-    `ValueError` on a participant in two splits, and on an unknown split, group, site or range of numbers."""
-    table, _ = _table(store, "participants.tsv", {"study_group", "recommended_split", "age"})
-    splits = table.groupby("participant")["recommended_split"].agg(lambda s: sorted(set(s)))
+    `ValueError` on a participant in two splits or twice, and on an unknown split, group, site, flag, age or range of numbers."""
+    name = "participants.tsv"
+    table, _ = _table(store, name, {"study_group", "recommended_split", "age"})
+    table["split"] = words(table, "recommended_split", name, _SPLITS)
+    splits = table.groupby("participant")["split"].agg(lambda s: sorted(set(s)))
     leaked = splits[splits.str.len() > 1]
     if len(leaked):
         raise ValueError(f"{len(leaked)} participants stand in several splits, a leak: first {leaked.index[0]} in {leaked.iloc[0]}")
     twice = table.loc[table["participant"].duplicated(), "participant"].tolist()
-    if twice: raise ValueError(f"participants.tsv repeats {twice[:5]}")
-    _only(table["recommended_split"], SPLITS, "split")
-    _only(table["study_group"], CLASSES, "study_group")
-    by_number = table["participant"].where(table["participant"].str.fullmatch(r"\d{4}"), "?").str[0]
-    if "clinical_site" not in table: _only(by_number, SITES, "range of participant numbers, by first digit")
-    site = table["clinical_site"] if "clinical_site" in table else by_number.map(SITES)
-    _only(site, SITES.values(), "clinical_site")
-    has_oct = table["retinal_oct"].str.upper() if "retinal_oct" in table else pd.Series("TRUE", index=table.index)
-    _only(has_oct, ("TRUE", "FALSE"), "retinal_oct")
+    if twice:
+        raise ValueError(f"{name} repeats {twice[:5]}")
+    has_oct = pd.Series(True, table.index)
+    if "retinal_oct" in table:
+        has_oct = words(table, "retinal_oct", name, _FLAGS) == "TRUE"
+    ages = dict(column="age", name=name, bounds=True, low=0, high=120)
+    age = pd.concat([numbers(table[has_oct], **ages), numbers(table[~has_oct], missing=True, **ages)])
     return pd.DataFrame(dict(
-        participant=table["participant"], site=site, label=table["study_group"].map(CLASSES.index), age=pd.to_numeric(table["age"]),
-        visit=table.get("study_visit_date", ""), split=table["recommended_split"], has_oct=has_oct == "TRUE"))
+        participant=table["participant"], site=_sites(table, name),
+        label=words(table, "study_group", name, _GROUPS).map(CLASSES.index), age=age,
+        visit=table.get("study_visit_date", ""), split=table["split"], has_oct=has_oct))
+
+def _sites(table: pd.DataFrame, name: str) -> pd.Series:
+    "The site of each participant: `clinical_site`, else by the first digit of the number."
+    if "clinical_site" in table:
+        return words(table, "clinical_site", name, _SITES)
+    digit = table["participant"].where(table["participant"].str.fullmatch(r"\d{4}"), "?").str[0]
+    unknown = sorted(set(digit) - set(SITES))
+    if unknown:
+        known = f"choose from {tuple(SITES)}, or add the column clinical_site"
+        raise ValueError(f"{name}: unknown range of participant numbers, by first digit {unknown}: {known}")
+    return digit.map(SITES)
 
 # %% ../nbs/lib/04_volumes.ipynb #bf839c4b
 FOLDER = "retinal_oct/structural_oct"
-_PLACE = re.compile(rf"^/?{FOLDER}/(?P<device>[^/]+)/(?P<folder>[^/]+)/(?P<name>[^/]+)$")
-_NAME = re.compile(r"^[^_]+_[^_]+_(?P<protocol>.+?)(?:_oct)?_(?P<eye>[lr])_[^_]+$")
+_PLACE = re.compile(rf"^{FOLDER}/(?P<device>[^/]+)/(?P<folder>[^/]+)/(?P<name>[^/]+)$")
+_NAME = re.compile(r"^[^_]+_[^_]+_(?P<protocol>.+?)(?:_oct)?_(?P<eye>[lr])_[^_]+$", re.IGNORECASE)
 _MANIFEST = {"anatomic_region", "laterality", "height", "width", "number_of_frames", "pixel_spacing", "slice_thickness", "sop_instance_uid",
              "filepath"}
+_DEVICES = dict(heidelberg_spectralis=("Spectralis", "Heidelberg Engineering Spectralis"),
+                topcon_maestro2=("Maestro2", "Maestro 2", "Topcon Maestro 2", "3D OCT-1 Maestro2", "Topcon 3D OCT-1 Maestro2"),
+                topcon_triton=("Triton", "DRI OCT Triton", "Topcon DRI OCT Triton"),
+                zeiss_cirrus=("Cirrus", "Cirrus HD-OCT", "Zeiss Cirrus HD-OCT", "Carl Zeiss Meditec Cirrus"))
+_MAKERS = dict(heidelberg=("Heidelberg Engineering", "Heidelberg Engineering GmbH"), topcon=("Topcon Corporation", "Topcon Healthcare"),
+               zeiss=("Carl Zeiss", "Zeiss Meditec", "Carl Zeiss Meditec", "Carl Zeiss Meditec Inc", "Carl Zeiss Meditec AG"))
+_EYES = {"R": ("OD", "RE", "right", "right eye", "oculus dexter"), "L": ("OS", "LE", "left", "left eye", "oculus sinister"),
+         "": ("unknown laterality", *MISSING)}
+_REGIONS = {"Macula": ("macular", "mac"), "Optic Disc": ("disc", "disk", "optic disk", "ONH", "optic nerve head", "optic nerve"),
+            "Wide Field": ("wide", "widefield")}
+_IMAGING = dict(OCT=("optical coherence tomography", "structural OCT"))
+_SIZE = re.compile(r"[,\s_-]*(\d+)\s*[x×]\s*(\d+)\s*(?:mm)?$", re.IGNORECASE)
+_DECIMAL = r"(\d*\.\d+(?:[eE][+-]?\d+)?)"
 
-def _spacing(text: pd.Series, index: int) -> pd.Series:
-    "One number of a stringified list, mm; NaN where the text says `Varies by frame`."
-    numbers = text.str.findall(r"\d[\d.eE+-]*")
-    return pd.to_numeric(numbers.str[index], errors="coerce")
+def _regions(table: pd.DataFrame, name: str) -> pd.Series:
+    "`anatomic_region` as one of `_REGIONS`, with the size of the field behind where there is one: `Macula, 6 x 6`."
+    text = table["anatomic_region"]
+    size = text.str.extract(_SIZE)
+    head = words(table.assign(anatomic_region=text.str.replace(_SIZE, "", regex=True)), "anatomic_region", name, _REGIONS)
+    return head.where(size[0].isna(), head + ", " + size[0].fillna("") + " x " + size[1].fillna(""))
+
+def _devices(table: pd.DataFrame, folder: pd.Series, name: str) -> pd.Series:
+    "The device by its folder, which the columns of model and maker must not contradict."
+    device = words(table.assign(filepath=folder), "filepath", name, _DEVICES)
+    said = dict(manufacturers_model_name=(_DEVICES, device), manufacturer=(_MAKERS, device.str.split("_").str[0]))
+    for column, (known, wanted) in said.items():
+        other = words(table, column, name, known) != wanted if column in table else pd.Series(False, table.index)
+        if other.any():
+            i = other.idxmax()
+            first = f"first row {i + 2}: {table.loc[i, column]!r} in the folder {folder[i]!r}"
+            raise ValueError(f"{name}, column {column!r}: {other.sum()} rows lie in another device's folder, {first}")
+    return device
 
 def read_manifest(store: Store) -> pd.DataFrame:
-    """`retinal_oct/manifest.tsv`, a row a volume: `participant, device, protocol, region, eye, rows, cols, frames, axial_mm, lateral_mm,
-    slice_mm, uid, key, radial`; `attrs["version"]` is the schema."""
-    table, name = _table(store, "retinal_oct/manifest.tsv", _MANIFEST)
-    parts = table["filepath"].str.extract(_PLACE)
+    """`retinal_oct/manifest.tsv`, a row a volume: `participant, device, protocol, region, eye` (R, L, or empty where unknown), `rows, cols,
+    frames` (NaN where not reported), `axial_mm, lateral_mm, slice_mm` (NaN where not reported or no plain number), `uid, key, radial`;
+    `attrs["version"]` is the schema. `ValueError` on an unknown word or number, and on a path that is built otherwise."""
+    name = "retinal_oct/manifest.tsv"
+    table, ids = _table(store, name, _MANIFEST)
+    path = table["filepath"].str.replace("\\", "/", regex=False).str.replace(r"^\.?/", "", regex=True)
+    parts = path.str.extract(_PLACE)
     odd = table.loc[parts["device"].isna() | (parts["folder"] != table["participant"]), "filepath"]
-    if len(odd): raise ValueError(f"{len(odd)} paths of the manifest do not follow {FOLDER}/<device>/<participant>/..., first {odd.iloc[0]!r}")
-    parts = parts.join(parts["name"].str.extract(_NAME)).fillna(dict(protocol="other", eye=""))
-    eye = table["laterality"].str.upper().str[:1].where(table["laterality"] != "", parts["eye"].str.upper())
+    if len(odd):
+        raise ValueError(f"{len(odd)} paths of the manifest do not follow {FOLDER}/<device>/<participant>/..., first {odd.iloc[0]!r}")
+    if "imaging" in table:
+        words(table, "imaging", name, _IMAGING)
+    named = parts["name"].str.extract(_NAME).fillna(dict(protocol="other", eye=""))
+    eye = words(table, "laterality", name, _EYES)
+    size = {n: numbers(table, c, name, missing=True, whole=True, low=1)
+            for n, c in dict(rows="height", cols="width", frames="number_of_frames").items()}
+    pair = table["pixel_spacing"].str.extract(rf"^\[?\s*{_DECIMAL}\s*[,;\\]\s*{_DECIMAL}\s*\]?$").astype(float)
     out = pd.DataFrame(dict(
-        participant=table["participant"], device=parts["device"], protocol=parts["protocol"], region=table["anatomic_region"], eye=eye,
-        rows=table["height"].astype(int), cols=table["width"].astype(int), frames=table["number_of_frames"].astype(int),
-        axial_mm=_spacing(table["pixel_spacing"], 0), lateral_mm=_spacing(table["pixel_spacing"], 1),
-        slice_mm=_spacing(table["slice_thickness"], 0), uid=table["sop_instance_uid"], key=table["filepath"].str.lstrip("/"),
-        radial=parts["protocol"].str.contains(r"(?:^|_)rc(?:_|$)")))
-    out.attrs["version"] = "v3" if name == "person_id" else "v2" if (out["device"] == "zeiss_cirrus").any() else "v1"
+        participant=table["participant"], device=_devices(table, parts["device"], name), protocol=named["protocol"].str.lower(),
+        region=_regions(table, name), eye=eye.where(eye != "", named["eye"].str.upper()), **size, axial_mm=pair[0], lateral_mm=pair[1],
+        slice_mm=table["slice_thickness"].str.extract(rf"^{_DECIMAL}$")[0].astype(float), uid=table["sop_instance_uid"], key=path))
+    out["radial"] = out["protocol"].str.contains(r"(?:^|_)rc(?:_|$)")
+    out.attrs["version"] = "v3" if ids == "person_id" else "v2" if (out["device"] == "zeiss_cirrus").any() else "v1"
     return out
 
 # %% ../nbs/lib/04_volumes.ipynb #573ab761
