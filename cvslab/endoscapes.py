@@ -7,7 +7,8 @@ __all__ = ['SPLITS', 'CRITERIA', 'CLASSES', 'IGNORE', 'BLACK', 'FPS', 'IMAGES', 
            'COCO', 'BLOCK', 'PIXELS', 'MASKED', 'Protocol', 'open_tree', 'frame_rate', 'data_card', 'read_frames',
            'read_coco', 'read_objects', 'disagreements', 'rle_to_mask', 'read_mask', 'targets', 'make_clips', 'summary',
            'rater_table', 'add_masks', 'mask_sources', 'mask_source_proof', 'FrameStore', 'pack_frames', 'mark_black',
-           'ClipDataset', 'open_datasets', 'budget_proof', 'label_proof', 'clip_proof', 'geometry_proof', 'data_proofs']
+           'irregularities', 'ClipDataset', 'open_datasets', 'budget_proof', 'label_proof', 'clip_proof',
+           'geometry_proof', 'data_proofs']
 
 # %% ../nbs/lib/03_endoscapes.ipynb #a7353f73
 import io, json, os, random, re, shutil, threading, time, zlib
@@ -86,6 +87,8 @@ RECORDED = Protocol(frames="1fps", window="centred", labels="recorded", leading=
 PROTOCOLS = {"official": OFFICIAL, "recorded": RECORDED}
 
 # %% ../nbs/lib/03_endoscapes.ipynb #1b288ad2
+COCO = {"boxes": "{}/annotation_coco.json", "key": "{}/annotation_ds_coco.json", "1fps": "{}/annotation_coco_vid.json", "seg": "{}_seg/annotation_coco.json"}
+
 def open_tree(data) -> Path:
     """The folder of a dataset: `demo` is drawn once and cached, anything else is a folder, absolute, below `~` or seen from the project.
     A folder that holds nothing but the tree's folder is opened as that."""
@@ -268,8 +271,6 @@ def read_frames(data, ledger: Ledger = None) -> pd.DataFrame:
     return frames.loc[~missing, columns].reset_index(drop=True)
 
 # %% ../nbs/lib/03_endoscapes.ipynb #d8a4a127
-COCO = {"boxes": "{}/annotation_coco.json", "key": "{}/annotation_ds_coco.json", "1fps": "{}/annotation_coco_vid.json", "seg": "{}_seg/annotation_coco.json"}
-
 def _foreign(data: bytes) -> str:
     "What a file holds in place of its own bytes, if that can be told."
     if not data.strip(b"\0\r\n\t "): return "is empty"
@@ -466,8 +467,8 @@ def _paint(objects) -> np.ndarray:
     return classes
 
 def _label_map(tree: Path) -> np.ndarray:
-    "`(256,)`: what number of `CLASSES` a value in a PNG of `semseg` has, by its name in `seg_label_map.txt`; `IGNORE` for what has no name there."
-    known = np.full(256, IGNORE, np.uint8)
+    "What number of `CLASSES` each value 0..256 in a PNG of `semseg` has, by its name in `seg_label_map.txt`; `IGNORE` for what has no name there."
+    known = np.full(257, IGNORE, np.uint8)                                       # 256: all that is no byte
     known[:len(CLASSES)] = range(len(CLASSES))
     if not (tree/"seg_label_map.txt").is_file(): return known
     lines = _lines(tree/"seg_label_map.txt")
@@ -509,8 +510,9 @@ def _classes_of(tree: Path, mask: str) -> tuple[np.ndarray, dict[int, int]]:
         return _paint([(a["category"], _region(a.get("segmentation"), image)) for a in objects]), {}
     values = _picture(tree/mask)
     known = _label_map(tree if mask.startswith("semseg/") else Path("nowhere"))
-    counts = {int(v): int(n) for v, n in zip(*np.unique(values, return_counts=True)) if v != IGNORE and (not 0 <= v < 256 or known[v] == IGNORE)}
-    return known[np.where((values >= 0) & (values < 256), values, IGNORE)], counts
+    values = np.where((values >= 0) & (values < 256), values, 256)
+    counts = np.bincount(values.ravel(), minlength=257)
+    return known[values], {v: int(n) for v, n in enumerate(counts) if n and v != IGNORE and known[v] == IGNORE}
 
 def _called(mask: str) -> str:
     "A mask in a message: without the place of its folder."
@@ -892,6 +894,94 @@ def mark_black(frames: pd.DataFrame, store: FrameStore, threshold: float = BLACK
     frames = frames[~frames["path"].isin(store.unreadable)]
     brightness = store.brightness[store.rows(frames["video"], frames["frame"])]
     return frames.assign(brightness=brightness, black=brightness < threshold).reset_index(drop=True)
+
+# %% ../nbs/lib/03_endoscapes.ipynb #e7b4038a
+def _link_rows(tree: Path) -> list[tuple]:
+    "Links of the archive that were unpacked as files: in place of a folder, of an annotation file or list, and of pictures."
+    parents = [*(f"{s}_seg" for s in SPLITS), "all", "12_5", "25"]
+    folds = [p.relative_to(tree).as_posix() for b in ("12_5", "25") if (tree/b).is_dir() for p in sorted((tree/b).iterdir())]
+    folders = [f for f in [*parents, *folds] if (tree/f).is_file()]
+    rows = [("link unpacked as a file", f, 1, "", "what is in this folder is not read: copy the folder it points to") for f in folders]
+    told = [pattern.format(f) for f in [*SPLITS, *parents, *folds] for which, pattern in COCO.items() if which != "seg"]
+    lists = [f"{s}{kind}_vids.txt" for s in SPLITS for kind in ("", "_seg")]
+    for name in (n for n in [*told, *lists] if (tree/n).is_file() and (tree/n).stat().st_size < 300):
+        if found := _foreign((tree/name).read_bytes()) if name in told else "is empty" * ((tree/name).stat().st_size == 0):
+            rows.append(("link unpacked as a file", name, 1, found, "copy the file it points to"))
+    for folder in (f for f in [*parents, *folds] if (tree/f).is_dir()):
+        with os.scandir(tree/folder) as entries:
+            small = sorted(e.name for e in entries if e.name.lower().endswith(IMAGES) and e.is_file() and e.stat().st_size < 100)
+        if small:
+            what = "nothing is lost: frames are read from train, val and test"
+            rows.append(("pictures unpacked as links", f"{folder}/", len(small), _some(small), what))
+    return rows
+
+def _coco_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
+    "Where the COCO files of the splits lack frames of the table, or say something else of them."
+    rows = []
+    for split in SPLITS:
+        for which, wanted in {"1fps": frames["split"] == split, "key": (frames["split"] == split) & frames["key"]}.items():
+            file = COCO[which].format(split)
+            try:
+                coco = read_coco(tree, split, which)
+            except (FileNotFoundError, ValueError) as e:
+                rows.append(("COCO file that cannot be read", file, 1, str(e), "clips and labels do not need it"))
+                continue
+            both = frames[wanted].merge(coco[["video", "frame"]], on=["video", "frame"], how="left", indicator=True)
+            gone = both.loc[both["_merge"] == "left_only", "video"].value_counts(sort=False)
+            if len(gone):
+                what = ("the table and the folder have them, so no clip is lost; readers that walk this file see other windows "
+                        "(the archive itself lacks 228 frames of videos 190 and 194)")
+                rows.append(("frames missing in a COCO file", file, int(gone.sum()), _some(f"video {v} ({n})" for v, n in gone.items()), what))
+            if len(other := disagreements(frames, coco)):
+                what = "all_metadata.csv is what counts here"
+                rows.append(("COCO file against table", file, len(other), _some(other["path"]), what))
+    return rows
+
+def _frame_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
+    "Gaps between the frames of a video, and videos that are listed and have none."
+    rows, gap = [], frames.groupby("video")["seconds"].diff()
+    wide = frames[(gap - 1).abs() > .01]
+    if len(wide):
+        where = _some(f"{g:g} s before {v}_{f}" for g, v, f in zip(gap[wide.index], wide["video"], wide["frame"]))
+        rows.append(("frames that are not a second apart", "all_metadata.csv", len(wide), where, "a clip counts frames, and spans more time there"))
+    empty = sorted(set(_read_splits(tree)) - set(frames["video"]))
+    if empty:
+        rows.append(("videos without frames", "*_vids.txt", len(empty), _some(empty), "listed in a split, and absent from all_metadata.csv"))
+    if "black" in frames and frames["black"].any():
+        black = frames[frames["black"]]
+        what = f"darker than {BLACK:g} of 255: `black=drop` of the protocol leaves out clips of which it is the own frame"
+        by = _some(f"{n} in {s}" for s, n in black["split"].value_counts().items())
+        rows.append(("black frames", "train/ val/ test/", len(black), f"{by}, of them {black['key'].sum()} key-frames", what))
+    return rows
+
+def _mask_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
+    "Masks with unknown classes, that cannot be read, or of no frame."
+    rows, unknown, wrong = [], {}, {}
+    drawn = _files(tree/"semseg", MASKS)
+    of_none = sorted(set(drawn) - set(frames["video"].astype(str) + "_" + frames["frame"].astype(str)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        read = list(pool.map(_square_mask, repeat(tree), (m := frames[frames["mask"] != ""])["mask"], m["path"], repeat("squash"), repeat(1)))
+    for mask, (_, strange, why) in zip(m["mask"], read):
+        if strange: unknown[mask] = strange
+        if why: wrong[mask] = why
+    if unknown:
+        pixels = sum(n for counts in unknown.values() for n in counts.values())
+        what = f"these {pixels} pixels count as unlabelled ({IGNORE})"
+        rows.append(("masks with unknown classes", "semseg/", len(unknown), _unknown_classes(unknown), what))
+    if wrong:
+        rows.append(("masks that cannot be read", "semseg/", len(wrong), _some(f"{k}: {v}" for k, v in wrong.items()), "runs with masks stop there"))
+    if of_none:
+        rows.append(("masks of no frame", "semseg/", len(of_none), _some(of_none), "they are not used"))
+    return rows
+
+def irregularities(data, frames: pd.DataFrame = None) -> pd.DataFrame:
+    """What is odd in a tree and does not stop it from being read, a row each: `what`, `where`, `count`, `examples` and `meaning`; without rows, nothing is.
+
+    `frames` are those of `read_frames`, if they were read already; of `mark_black`, the black ones are counted too."""
+    tree = open_tree(data)
+    frames = read_frames(tree) if frames is None else frames
+    rows = _link_rows(tree) + _coco_rows(tree, frames) + _frame_rows(tree, frames) + _mask_rows(tree, frames)
+    return pd.DataFrame(rows, columns=["what", "where", "count", "examples", "meaning"])
 
 # %% ../nbs/lib/03_endoscapes.ipynb #8e878fa9
 class ClipDataset(Dataset):
