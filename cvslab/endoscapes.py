@@ -285,9 +285,9 @@ def _foreign(data: bytes) -> str:
         return "is a pointer of git-lfs, not the file itself: run `git lfs pull`"
     if data.lstrip()[:1] == b"<":
         return "is a web page, not the file itself: download it again"
-    line = data.strip()
-    text = line.decode("utf-8", "replace")
-    return f"holds only {text!r}" if len(line) < 300 and text.isprintable() and text[0] not in "{[" else ""
+    text = data[:300].strip().decode("utf-8", "replace")
+    one_line = len(data) < 300 and text.isprintable() and "\ufffd" not in text
+    return f"holds only {text!r}" if one_line and text[0] not in "{[" else ""
 
 def _coco_bytes(tree: Path, file: str) -> bytes:
     above = next((p for p in reversed((tree/file).relative_to(tree).parents) if (tree/p).is_file()), None)
@@ -524,7 +524,7 @@ def _label_map(tree: Path) -> np.ndarray:
     strange = [line for line, name, value in zip(lines, names, values) if name not in CLASSES and value != IGNORE]
     if strange:
         raise ValueError(f"seg_label_map.txt has unknown names: {_some(strange)}; known are {', '.join(CLASSES)}")
-    known[:] = IGNORE
+    known[1:] = IGNORE                                                            # what is not told, 0 is background
     for value, name in zip(values, names):
         if name in CLASSES:
             known[value] = CLASSES.index(name)
