@@ -138,7 +138,7 @@ def test_a_machine_file_and_seeds_go_on_top(small):
 
 def test_a_folder_that_holds_another_run_stops_the_plan(small):
     finished(small, write(small, "90a.yaml", epochs=1))
-    assert done("90a.yaml") == (0, done("90a.yaml")[1]) and "finished" in done("90a.yaml", "--dry-run")[1]
+    assert done("90a.yaml")[0] == 0 and "finished" in done("90a.yaml", "--dry-run")[1]
     write(small, "90a.yaml", epochs=2)
     code, out = done("90a.yaml")
     assert code == 2 and "outputs/90_tiny/90a-s0 holds another run (epochs 1 there, 2 asked)" in out
@@ -176,8 +176,8 @@ def test_planted_failures_each_end_as_described(small):
     assert ended["90connection-s0"] == ([1, 0], "ConnectionResetError: planted")
     assert ended["90killed-s0"] == ([138, 0], "its kernel died")
     full = folder(small, "full-s0")
-    assert "the disk is full" in log(small, "full-s0")["reason"].iloc[0] and len(pd.read_csv(full/"history.csv")) == 1 and not list(full.glob(".*.tmp.*"))
-    assert "2 of 5 runs are not finished" in out and all(said in out.split("not finished")[1] for said in ("planted in epoch 2", "disk is full"))
+    assert "the disk of outputs/90_tiny/full-s0 is full" in log(small, "full-s0")["reason"].iloc[0] and len(pd.read_csv(full/"history.csv")) == 1 and not list(full.glob(".*.tmp.*"))
+    assert "2 of 5 runs are not finished" in out and all(said in out.split("not finished")[1] for said in ("planted in epoch 2", "full-s0 is full"))
     (small/"sitecustomize.py").unlink()
     code, out = done("90.yaml", "90/full.yaml", "90connection.yaml", "--jobs", 2)          # room again: the full one goes on, the others rest
     assert code == 0 and list(log(small, "full-s0")["epochs_before"]) == [0, 1] and len(log(small, "90-s0")) == 1
