@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .attention import attention_proofs, encoder_of, has_anatomy, plan_proof, reads_mask
 from .core import Proof, Run, atomic, derive_seed, digest, main_process, rel, root, seed_all
-from .metrics import CRITERIA, ap_per_criterion, check_comparable, compare, protocol_differences, score_cvs
+from .metrics import BY_VIDEO, CRITERIA, ap_per_criterion, check_comparable, compare, input_differences, protocol_differences, score_cvs
 from .models import ENCODERS, POOLERS, VideoClassifier, build_model, compile_layers, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
 from .objectives import LossTerm
 from .storage import Mirror
@@ -737,18 +737,20 @@ class Task(NamedTuple):
 
 CVS = Task(lambda dataset: dataset.clips[["split", "clip", "video", "frame"]], cvs_predictions, score_cvs)
 
-def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protocol: dict, task: Task = CVS) -> dict:
+def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protocol: "Protocol | dict", task: Task = CVS) -> dict:
     """Score the best epoch on `datasets` (by split) and write `predictions.parquet`, `manifest.csv` and, last, `metrics.json`.
 
-    The epoch was selected on val; `protocol["split"]` is the split reported. Where that is not val, val's own scores are kept as `selection`."""
-    split = protocol["split"]
+    `protocol` is a `Protocol`, whose `scored` and `input` are kept apart, or a dict, all of it scored. The epoch was selected on val; the protocol's split
+    is the one reported. Where that is not val, val's own scores are kept as `selection`."""
+    scored, looked_at = getattr(protocol, "scored", protocol), getattr(protocol, "input", {})
+    split = scored["split"]
     if split not in datasets: raise ValueError(f"no data of the split {split!r} to report: give one of {sorted(datasets)}")
     cost = load_best(model, run)
     tables = {s: task.predictions(d, predict(model, d, recipe)[1]) for s, d in datasets.items() if s in ("val", split)}
     run.save("predictions.parquet", pd.concat(tables.values()))
     run.save("manifest.csv", pd.concat([task.items(d) for d in datasets.values()]))
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    result = run.header() | dict(protocol=protocol, **task.score(tables[split]), best_epoch=cost["best_epoch"], epochs=cost["epochs"], seconds=round(cost["seconds"], 1),
+    result = run.header() | dict(protocol=scored, input=looked_at, **task.score(tables[split]), best_epoch=cost["best_epoch"], epochs=cost["epochs"], seconds=round(cost["seconds"], 1),
                                  clips_per_second=round(cost["epochs"] * len(Order(len(datasets["train"]), recipe.batch_size)) / cost["seconds"], 2),
                                  peak_memory_gb=round(memory / 2**30, 3))
     if split != "val": result["selection"] = task.score(tables["val"])
@@ -759,24 +761,26 @@ def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protoc
 
 # %% ../nbs/lib/10_training.ipynb #1ace5201
 def _score_table(scores: dict, caption: str, chance: bool = True) -> "pd.io.formats.style.Styler":
-    rows = {k: scores[k] for k in ("map", *CRITERIA)}
-    table = pd.DataFrame({k: {c: np.nan if v[c] is None else 100*v[c] for c in ("value", "lo", "hi", "chance")} for k, v in rows.items()}).T
+    rows = {k: scores[k] for k in ("map", *CRITERIA, *BY_VIDEO.values())}
+    table = pd.DataFrame({k.replace("_", " "): {c: np.nan if v[c] is None else 100*v[c] for c in ("value", "lo", "hi", "chance")} for k, v in rows.items()}).T
     return table[["value", "lo", "hi"] + ["chance"]*chance].style.format("{:.1f}", na_rep="not computed").set_caption(caption)
 
 def describe_protocol(metrics: dict) -> str:
-    "Protocol and data of a metrics file in one line."
-    words = ", ".join(f"{k} {v}" for k, v in metrics["protocol"].items())
-    return f"{metrics['data']} data; {words}"
+    "Data, protocol and input of a metrics file in one line."
+    scored, looked_at = (", ".join(f"{k} {v}" for k, v in (metrics.get(part) or {}).items()) for part in ("protocol", "input"))
+    return f"{metrics['data']} data; {scored}" + (f"; input: {looked_at}" if looked_at else "")
 
 def result_table(metrics: dict) -> "pd.io.formats.style.Styler":
     "AP in percent of a metrics file: value, 95 % interval by video and chance; the protocol is the caption."
     return _score_table(metrics, f"{metrics['n_clips']} clips of {metrics['n_videos']} videos, best epoch {metrics['best_epoch']}; {describe_protocol(metrics)}")
 
 def difference_table(run: Run, other: Run) -> "pd.io.formats.style.Styler":
-    "AP in percent of `run` minus that of `other`, on the same clips, paired by video."
-    return _score_table(compare(run, other), f"{rel(run.dir)} minus {rel(other.dir)}, AP in percent, paired by video", chance=False)
+    "AP in percent of `run` minus that of `other`, on the same clips, paired by video; the caption says in what their inputs differ."
+    found = compare(run, other)
+    apart = "; ".join(f"{k} {mine} against {theirs}" for k, (mine, theirs) in found["input"].items())
+    return _score_table(found, f"{rel(run.dir)} minus {rel(other.dir)}, AP in percent, paired by video" + (f"; inputs differ: {apart}" if apart else ""), chance=False)
 
-def whole_run(run: Run, spec: dict, datasets: dict[str, Dataset], recipe: Recipe, protocol: dict) -> Run:
+def whole_run(run: Run, spec: dict, datasets: dict[str, Dataset], recipe: Recipe, protocol: "Protocol") -> Run:
     "A control or a member: `build_model(**spec)`, preflight, fit and report in the folder of `run` (a `Run.part`), which is returned."
     seed_all(recipe.seed)
     model = build_model(**spec)
@@ -799,16 +803,20 @@ def ensemble(run: Run, members: list[Run]) -> pd.DataFrame:
 def compare_with(run: Run, experiment: str, name: str = "*", **params):
     """Paired difference, `run` minus the newest other finished run of `experiment` (a `name` like this, these `params`) on the same data, clips and protocol, in percent.
 
-    Where there is none, a line that says which command makes one."""
+    One with the same input comes first, else the caption says in what the inputs differ. Where there is none, a line that says which command makes one."""
     mine = run.load("metrics.json")
-    others = sorted((root()/"outputs"/experiment).glob(f"{name}/metrics.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for folder in (p.parent for p in others):
+    paths, fitting = sorted((root()/"outputs"/experiment).glob(f"{name}/metrics.json"), key=lambda p: p.stat().st_mtime, reverse=True), []
+    def passed_over(folder, e): print(f"note: {rel(folder)} was passed over: {e}")
+    for folder in (p.parent for p in paths):
         try:
             other = Run.open(folder)
             if other.dir.resolve() == run.dir.resolve(): continue
             theirs = other.load("metrics.json")
             if any(other.params.get(k) != v for k, v in params.items()): continue
             if other.data != run.data or protocol_differences(mine, theirs) or mine["n_clips"] != theirs["n_clips"]: continue
-            return difference_table(run, other)
-        except (OSError, ValueError, KeyError) as e: print(f"note: {rel(folder)} was passed over: {e}")
+            fitting.append((bool(input_differences(mine, theirs)), len(fitting), other))
+        except (OSError, ValueError, KeyError) as e: passed_over(folder, e)
+    for _, _, other in sorted(fitting):                              # the same input first, then the newest
+        try: return difference_table(run, other)
+        except (OSError, ValueError, KeyError) as e: passed_over(other.dir, e)
     print(f"no finished run of {experiment} on the same data, clips and protocol: papermill nbs/{experiment}.ipynb outputs/{experiment}.ipynb{''.join(f' -p {k} {v}' for k, v in params.items())} makes one")
