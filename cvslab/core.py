@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Share', 'Device', 'Precision', 'Split', 'Reported', 'ProtocolName', 'TrainScores', 'Tracker', 'PoolerName',
            'LoraTarget', 'Augmented', 'Sampling', 'Labels', 'Geometry', 'Supervision', 'Masking', 'Family', 'Arm',
-           'Slip', 'MACHINE', 'PACKAGES', 'root', 'cache_dir', 'in_test', 'main_process', 'rel', 'atomic', 'save',
-           'load', 'Ledger', 'derive_seed', 'seed_all', 'digest', 'keep_memory', 'ParameterError', 'declared',
-           'injected', 'check_parameters', 'Proof', 'code_fingerprint', 'git_state', 'Run']
+           'Pixels', 'Epoch', 'Slip', 'MACHINE', 'PACKAGES', 'root', 'cache_dir', 'in_test', 'main_process', 'rel',
+           'atomic', 'save', 'load', 'Ledger', 'derive_seed', 'seed_all', 'digest', 'keep_memory', 'ParameterError',
+           'declared', 'injected', 'check_parameters', 'Proof', 'code_fingerprint', 'git_state', 'Run']
 
 # %% ../nbs/lib/00_core.ipynb #78cd0a02
 import ast, copy, ctypes, difflib, hashlib, importlib.metadata, json, os, platform, random, re, shutil, subprocess, sys, time
@@ -156,7 +156,9 @@ Geometry = Literal["squash", "crop"]
 Supervision = Literal["mass", "kl"]
 Masking = Literal["none", "mask", "bias", "tokens"]
 Family = Literal["vjepa2", "videomae", "images"]
-Arm = Literal["hybrid", "swincvs"]
+Arm = Literal["hybrid", "swincvs", "frames"]
+Pixels = Literal["imagenet", "swincvs"]
+Epoch = Literal["best", "last"]
 Slip = Literal["pos_weight", "keys", "predictor", "norm", "hue", "fill", "gradient", "labels", "warmup", "val_frames"]
 
 

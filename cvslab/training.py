@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEVICES', 'TRACKERS', 'CVS', 'Recipe', 'accelerator', 'Order', 'draws', 'param_groups', 'predict',
-           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed',
-           'largest_micro_batch', 'estimate', 'fit', 'load_last', 'load_best', 'load_trained', 'Task', 'report',
-           'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
+           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'rates_proof', 'schedule_proof',
+           'loss_shares_proof', 'reported_proof', 'preflight', 'undisturbed', 'largest_micro_batch', 'estimate', 'fit',
+           'load_last', 'load_best', 'load_reported', 'load_trained', 'Task', 'report', 'describe_protocol',
+           'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
 
 # %% ../nbs/lib/10_training.ipynb #9295e276
 import copy, inspect, math, re, shutil, signal, threading, time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,6 +54,7 @@ class Recipe:
     lr: dict[str, float]                 # peak learning rate of each trainable group: lora, backbone, head
     score: Callable
     monitor: str = "map"
+    reported: str = "best"               # epoch whose weights are kept in the end: the best `monitor` on val, or the last
     transform: Callable = None           # augmentation of a batch on the device
     views: tuple[Callable, ...] = ()     # in evaluation, what else of a clip is shown: logits are averaged with those of each view of the pixels
     context: Callable = lambda model, batch: nullcontext()   # around forward and backward of a training batch: what interventions read
@@ -80,13 +82,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in dict(precision=DTYPES, device=DEVICES, train_scores=("clean", "running"), tracker=TRACKERS).items():
+        for name, choices in dict(precision=DTYPES, device=DEVICES, train_scores=("clean", "running"), tracker=TRACKERS, reported=("best", "last")).items():
             if getattr(self, name) not in choices: raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {list(choices)}")
         self.accumulation()
         here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), xla=find_spec("torch_xla") is not None)
         if not here.get(self.device, True): raise RuntimeError(_no_device(self.device, "not there"))
         if self.tracker != "none" and find_spec(self.tracker) is None:
             raise RuntimeError(f"tracker {self.tracker!r} is not installed: `pip install {self.tracker}`, or pass `-p tracker none`")
+
+    def at(self, epoch: int) -> "Recipe":
+        "The recipe of one epoch, counted from 1: each loss with its weight in it."
+        return replace(self, losses={name: term.at(epoch) for name, term in self.losses.items()})
 
     def accumulation(self, processes: int = 1) -> int:
         "Micro-batches a step; `ValueError` where the batch cannot be divided so."
@@ -156,6 +162,11 @@ def _rate(warmup: float, total: int, floor: float, start: int, step: int) -> flo
     if done < 0: return 0.
     if done < warmup: return done / warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(1, (done - warmup) / max(1, left - warmup)))) / 2
+
+def _schedule(optimizer, recipe, steps: int) -> LambdaLR:
+    "The rates of `optimizer` over the epochs of `recipe`, each of `steps` steps."
+    rate = partial(_rate, round(recipe.warmup_epochs*steps), recipe.epochs*steps, recipe.floor)
+    return LambdaLR(optimizer, [partial(rate, recipe.begins.get(g["name"], 0)*steps) for g in optimizer.param_groups])
 
 def _autocast(acc, recipe):
     dtype = DTYPES[recipe.precision]
@@ -228,6 +239,45 @@ def _group_proofs(model, recipe):
         steps = [math.log(a/b, recipe.layer_decay) for r in rates for a, b in pairwise(r)]             # layers between two rates
         words = ", ".join(f"{len(r)} rates, {r[0]:.2g} to {r[-1]:.2g}" for r in rates)
         yield Proof("layer decay", f"{recipe.layer_decay:g} a layer downward", words or "no encoder layer learns", bool(steps) and all(abs(s - round(s)) < 1e-6 for s in steps))
+
+def rates_proof(model, recipe: Recipe, lr: dict[str, float], weight_decay: float) -> Proof:
+    "Proof that the optimizer of `recipe` moves the parameters of each group at its peak rate in `lr`, and shrinks all of them by `weight_decay`."
+    groups = _optimizer(accelerator(recipe), model, recipe).param_groups
+    seen = {name: sorted({g["lr"] for g in groups if g["name"] == name}) for name in dict.fromkeys(g["name"] for g in groups)}
+    decays = sorted({g["weight_decay"] for g in groups})
+    words = ", ".join(f"{name} {' '.join(f'{r:g}' for r in rates)}" for name, rates in seen.items()) + f"; decay {' '.join(f'{d:g}' for d in decays)}"
+    return Proof("rates", ", ".join(f"{name} {rate:g}" for name, rate in lr.items()) + f"; decay {weight_decay:g}", words,
+                 seen == {name: [rate] for name, rate in lr.items()} and decays == [weight_decay])
+
+def schedule_proof(recipe: Recipe, items: int, warmup_epochs: float, floor: float) -> Proof:
+    "Proof that the rates warm up and fall as asked, by the share of the peak at the first step, the highest, and the end of a training on `items` clips."
+    steps = items // recipe.batch_size
+    schedule = _schedule(torch.optim.SGD([dict(params=[torch.zeros(1)], name="head")], lr=1.), replace(recipe, begins={}), steps)
+    share, total, warm = schedule.lr_lambdas[0], recipe.epochs*steps, round(warmup_epochs*steps)
+    seen, asked = [share(0), share(warm), share(total)], [float(not warm), 1., floor]
+    says = "constant" if asked == [1., 1., 1.] else f"a warm-up of {warmup_epochs:g} epochs, a cosine to {floor:g} of the peak"
+    between = share((warm + total)/2)                                # half way down
+    return Proof("schedule", says, f"{seen[0]:g} of the peak at first, {seen[1]:g} after {warm} steps, {between:g} half way, {seen[2]:g} at the end of {total}",
+                 bool(np.allclose([*seen, between], [*asked, (1 + floor)/2], atol=1e-6)))
+
+def loss_shares_proof(recipe: Recipe, shares: Sequence[float], classes: int = 3) -> Proof:
+    "Proof that in each epoch the last frame's own head has its share of the loss in `shares` (the last one stays), the logits the rest: by the gradients of both heads."
+    asked, seen = [shares[min(e, len(shares) - 1)] for e in range(recipe.epochs)], []
+    for epoch in range(1, recipe.epochs + 1):
+        outputs = {k: torch.zeros(1, classes, requires_grad=True) for k in ("auxiliary", "logits")}
+        loss = sum(term.weight * term.fn(outputs, dict(y=torch.ones(1, classes))) for term in recipe.at(epoch).losses.values())
+        grads = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+        own, rest = (0. if g is None else g.abs().sum().item() for g in grads)
+        seen.append(own/(own + rest))
+    def words(values): return " ".join(f"{v:.2f}/{1 - v:.2f}" for v in values)
+    return Proof("loss shares", f"own head / LSTM by epoch: {words(asked)}", words(seen), bool(np.allclose(seen, asked, atol=1e-4)))
+
+def reported_proof(recipe: Recipe, reported: str) -> Proof:
+    "Proof that the epoch asked for is the one that is kept, and, if that is the last, that nothing stops before it."
+    never = recipe.patience >= recipe.epochs
+    says = dict(best="the best on val", last="the last, whatever val says")
+    return Proof("epoch reported", says[reported], f"{says[recipe.reported]}; {'nothing stops' if never else f'a patience of {recipe.patience} may stop'} before epoch {recipe.epochs}",
+                 recipe.reported == reported and (never or reported == "best"))
 
 def _lora_proof(model):
     asked = model.spec["lora"]
@@ -368,7 +418,7 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     """Prove on the first batch that every knob turns, write `applied.json` and return the table; `PreflightError` if one does not.
 
     `proofs` are those of the data and of other parts, joined to the model's own."""
-    acc = accelerator(recipe)
+    acc, recipe, weights = accelerator(recipe), recipe.at(1), {name: term.weight for name, term in recipe.losses.items()}
     device = acc.device
     model.train().to(device)
     if recipe.checkpointing: model.backbone.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -392,7 +442,7 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     for name, b in model.named_buffers(): b.copy_(buffers[name])       # the proofs are not training
     groups, adapters = trainable(model), lora_modules(model.backbone)
     run.save("applied.json", dict(
-        proofs=[vars(r) for r in rows], model=model.spec, backbone=fingerprint(model), lr=recipe.lr, losses={k: t.weight for k, t in recipe.losses.items()},
+        proofs=[vars(r) for r in rows], model=model.spec, reported=recipe.reported, backbone=fingerprint(model), lr=recipe.lr, losses=weights,
         trainable={g: sum(p.numel() for p in ps.values()) for g, ps in groups.items()},
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         lora=dict(modules=adapters, parameters=sum(adapters.values())),
@@ -538,7 +588,7 @@ def _trial(model):
 # %% ../nbs/lib/10_training.ipynb #832a4150
 def _steps(acc, model, train, recipe, n: int):
     "Train for one step to warm up and for `n` more at a rate of 0; yields the seconds of reading and of all else, and the batch, of each of the `n`."
-    order = list(Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed))
+    recipe, order = recipe.at(1), list(Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed))
     size = recipe.micro_batch or recipe.batch_size // acc.num_processes
     optimizer, scaler = _optimizer(acc, model.train().to(acc.device), recipe), _scaler(acc, recipe)
     for group in optimizer.param_groups: group.update(lr=0., weight_decay=0.)
@@ -639,7 +689,7 @@ def _runaway(history: list[dict], recipe: Recipe) -> str | None:
 
 # %% ../nbs/lib/10_training.ipynb #d7a67d2b
 def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, run: Run) -> pd.DataFrame:
-    """Train `model`, continuing where an earlier call was cut; returns the history and leaves the best epoch's weights in `model`.
+    """Train `model`, continuing where an earlier call was cut; returns the history and leaves the weights of the reported epoch (the best, or the last) in `model`.
 
     Writes `history.csv` and one checkpoint an epoch. Train scores are taken on clean clips in evaluation mode, on at most as many as val has.
     Raises `RuntimeError` where no preflight was passed, `ValueError` where val has no positive clip, `FloatingPointError` when the loss is no number any more."""
@@ -652,9 +702,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     optimizer = _optimizer(acc, model, recipe)
     order = Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed)
     steps = len(order) // recipe.batch_size
-    rate = partial(_rate, round(recipe.warmup_epochs*steps), recipe.epochs*steps, recipe.floor)
-    schedule = LambdaLR(optimizer, [partial(rate, recipe.begins.get(g["name"], 0)*steps) for g in optimizer.param_groups])
-    scaler = _scaler(acc, recipe)
+    schedule, scaler = _schedule(optimizer, recipe, steps), _scaler(acc, recipe)
     mirror = Mirror.of(run.dir) if acc.is_main_process else None
     if mirror: mirror.pull()
     acc.wait_for_everyone()
@@ -676,7 +724,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         seed_all(recipe.seed, epoch, acc.process_index)
         waiting = [p for g, later in recipe.begins.items() if epoch <= later for p in groups[g].values()]
         for p in waiting: p.requires_grad_(False)
-        with fast(): loss, ys, logits = _epoch(acc, wrapped, loader, recipe, optimizer, schedule, scaler, recipe.epochs*steps)
+        with fast(): loss, ys, logits = _epoch(acc, wrapped, loader, recipe.at(epoch), optimizer, schedule, scaler, recipe.epochs*steps)
         for p in waiting: p.requires_grad_(True)
         seconds.append(time.time() - began)
         scores = recipe.score(*predict(model, val, recipe, acc=acc))
@@ -700,7 +748,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         run.save("history.csv", pd.DataFrame(history))
         live.show(history, new=False)
     if tracker: tracker.finish()
-    load_best(model, run)
+    load_reported(model, run)
     return pd.DataFrame(history)
 
 # %% ../nbs/lib/10_training.ipynb #34ee3f55
@@ -722,10 +770,16 @@ def load_best(model, run: Run) -> dict:
     _load_trained(model, weights)
     return dict(best_epoch=int(best.stem[-4:]), epochs=len(history), seconds=sum(state["seconds"]))
 
+def load_reported(model, run: Run) -> dict:
+    "Load the weights of the epoch that `run` reports, the best on val or the last, as `applied.json` says; returns what `load_best` does, `best_epoch` being that epoch."
+    if run.load("applied.json").get("reported", "best") == "best": return load_best(model, run)
+    state = load_last(model, run)
+    return dict(best_epoch=state["epoch"], epochs=len(state["history"]), seconds=sum(state["seconds"]))
+
 def load_trained(run: Run) -> VideoClassifier:
-    "The model of a finished CVS run with the weights of its best epoch, in evaluation mode."
+    "The model of a finished CVS run with the weights of the epoch it reports, in evaluation mode."
     model = build_model(**run.load("applied.json")["model"])
-    load_best(model, run)
+    load_reported(model, run)
     return model.eval()
 
 # %% ../nbs/lib/10_training.ipynb #1280634b
@@ -738,19 +792,19 @@ class Task(NamedTuple):
 CVS = Task(lambda dataset: dataset.clips[["split", "clip", "video", "frame"]], cvs_predictions, score_cvs)
 
 def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protocol: "Protocol | dict", task: Task = CVS) -> dict:
-    """Score the best epoch on `datasets` (by split) and write `predictions.parquet`, `manifest.csv` and, last, `metrics.json`.
+    """Score the epoch that is reported on `datasets` (by split) and write `predictions.parquet`, `manifest.csv` and, last, `metrics.json`.
 
-    `protocol` is a `Protocol`, whose `scored` and `input` are kept apart, or a dict, all of it scored. The epoch was selected on val; the protocol's split
-    is the one reported. Where that is not val, val's own scores are kept as `selection`."""
+    `protocol` is a `Protocol`, whose `scored` and `input` are kept apart, or a dict, all of it scored. The epoch was selected on val (or is the last, if the recipe says so); the
+    protocol's split is the one reported. Where that is not val, val's own scores are kept as `selection`."""
     scored, looked_at = getattr(protocol, "scored", protocol), getattr(protocol, "input", {})
     split = scored["split"]
     if split not in datasets: raise ValueError(f"no data of the split {split!r} to report: give one of {sorted(datasets)}")
-    cost = load_best(model, run)
+    cost = load_reported(model, run)
     tables = {s: task.predictions(d, predict(model, d, recipe)[1]) for s, d in datasets.items() if s in ("val", split)}
     run.save("predictions.parquet", pd.concat(tables.values()))
     run.save("manifest.csv", pd.concat([task.items(d) for d in datasets.values()]))
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    result = run.header() | dict(protocol=scored, input=looked_at, **task.score(tables[split]), best_epoch=cost["best_epoch"], epochs=cost["epochs"], seconds=round(cost["seconds"], 1),
+    result = run.header() | dict(protocol=scored, input=looked_at, **task.score(tables[split]), best_epoch=cost["best_epoch"], reported=recipe.reported, epochs=cost["epochs"], seconds=round(cost["seconds"], 1),
                                  clips_per_second=round(cost["epochs"] * len(Order(len(datasets["train"]), recipe.batch_size)) / cost["seconds"], 2),
                                  peak_memory_gb=round(memory / 2**30, 3))
     if split != "val": result["selection"] = task.score(tables["val"])
@@ -772,7 +826,7 @@ def describe_protocol(metrics: dict) -> str:
 
 def result_table(metrics: dict) -> "pd.io.formats.style.Styler":
     "AP in percent of a metrics file: value, 95 % interval by video and chance; the protocol is the caption."
-    return _score_table(metrics, f"{metrics['n_clips']} clips of {metrics['n_videos']} videos, best epoch {metrics['best_epoch']}; {describe_protocol(metrics)}")
+    return _score_table(metrics, f"{metrics['n_clips']} clips of {metrics['n_videos']} videos, {'best' if metrics.get('reported', 'best') == 'best' else 'last'} epoch {metrics['best_epoch']}; {describe_protocol(metrics)}")
 
 def difference_table(run: Run, other: Run) -> "pd.io.formats.style.Styler":
     "AP in percent of `run` minus that of `other`, on the same clips, paired by video; the caption says in what their inputs differ."
