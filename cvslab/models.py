@@ -863,11 +863,14 @@ def _swinv2_config(state: dict[str, torch.Tensor]) -> dict:
         far = 2**(3*state[f"{first[i]}attn.relative_coords_table"].max().item()) - 1
         width = round(8*(windows[i] - 1)/far + 1)
         return 0 if width == windows[i] else width
-    sides = [windows[i]*math.isqrt(len(state[n])) << i for i in range(len(depths)) if (n := f"layers.{i}.blocks.1.attn_mask") in state]       # of the first stage
-    sides += [w << i for i, w in enumerate(windows) if w < max(windows)] or [windows[0]]*(depths[0] > 1)
-    if len(set(sides)) != 1: raise ValueError("its windows and masks do not tell the size of its frames")
+    sides = set()                                # of the first stage's map, as each stage tells it
+    for i, window in enumerate(windows):
+        mask = state.get(f"layers.{i}.blocks.1.attn_mask")
+        if mask is not None: sides.add(window*math.isqrt(len(mask)) << i)
+        elif depths[i] > 1 or window < max(windows): sides.add(window << i)      # a second block that is not shifted: one window fills the map
+    if len(sides) != 1: raise ValueError("its windows and masks do not tell the size of its frames")
     width, channels, patch = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
-    return dict(image_size=sides[0]*patch, patch_size=patch, num_channels=channels, embed_dim=width, depths=depths, window_size=max(windows),
+    return dict(image_size=sides.pop()*patch, patch_size=patch, num_channels=channels, embed_dim=width, depths=depths, window_size=max(windows),
                 num_heads=[len(state[f"{p}attn.logit_scale"]) for p in first], mlp_ratio=state[f"{first[0]}mlp.fc1.weight"].shape[0]/width,
                 qkv_bias=f"{first[0]}attn.q_bias" in state, use_absolute_embeddings="absolute_pos_embed" in state, pretrained_window_sizes=[trained(i) for i in range(len(depths))])
 
