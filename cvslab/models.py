@@ -9,7 +9,7 @@ __all__ = ['LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'PIXELS', 'Rota
            'projections_proof', 'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT',
            'masked_norm', 'masked_norm_proof', 'sizes_proof', 'set_drop_path', 'SwinFrames', 'Hybrid',
            'drop_path_proof', 'stage_proof', 'Video', 'Images', 'spaced_layers', 'Reading', 'liveliest_frames',
-           'Visible', 'Normalise', 'VideoClassifier', 'build_model', 'idea_proofs', 'pixels_proof',
+           'Visible', 'Normalise', 'VideoClassifier', 'build_model', 'official_proof', 'idea_proofs', 'pixels_proof',
            'check_frames_folder', 'save_frames', 'load_swincvs', 'members_proof', 'group_of', 'trainable']
 
 # %% ../nbs/lib/08_models.ipynb #38e482a1
@@ -184,10 +184,28 @@ class LSTMPooler(nn.Module):
 
     def forward(self, tokens): return self.lstm(tokens)[0][:, -1]
 
-def _official_probe(dim: int, heads: int) -> nn.Module:
-    "V-JEPA 2's own attentive probe without its classifier: three self-attention blocks and a cross-attention block, initialised by transformers."
-    config = VJEPA2Config(hidden_size=dim, num_attention_heads=heads, crop_size=16, num_hidden_layers=0, pred_num_hidden_layers=0)
+def _transformers_probe(dim: int, heads: int, **more) -> nn.Module:
+    "V-JEPA 2's attentive probe without its classifier: three self-attention blocks and a cross-attention block, as transformers initialises it."
+    config = VJEPA2Config(hidden_size=dim, num_attention_heads=heads, crop_size=16, num_hidden_layers=0, pred_num_hidden_layers=0, **more)
     return VJEPA2ForVideoClassification(config).pooler
+
+def _residual_projections(pooler) -> list[tuple[nn.Linear, int]]:
+    "The projections of a probe's blocks that write into the residual stream, each with the number its initialisation is scaled by."
+    blocks = list(pooler.self_attention_layers)
+    found = [(layer, i) for i, block in enumerate(blocks, 1) for layer in (block.self_attn.out_proj, block.mlp.fc2)]
+    return found + [(pooler.cross_attention_layer.mlp.fc2, max(1, len(blocks)))]
+
+@torch.no_grad()
+def _official_probe(dim: int, heads: int) -> nn.Module:
+    "The probe as Meta initialises it: normal weights of deviation 0.02, those that write into the residual stream of block i divided by sqrt(2 i), LayerNorm with eps 1e-5."
+    pooler = _transformers_probe(dim, heads, layer_norm_eps=1e-5)
+    for layer in pooler.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    nn.init.trunc_normal_(pooler.query_tokens, std=0.02)
+    for layer, i in _residual_projections(pooler): layer.weight /= math.sqrt(2*i)
+    return pooler
 
 def mlp_head(dim: int, hidden: int = 512, classes: int = 3, dropout: float = 0.5) -> nn.Sequential:
     "LayerNorm, Linear, GELU, Dropout, Linear (`hidden=0`: one Linear): `(B, dim)` -> `(B, classes)` logits; Xavier weights, zero biases."
@@ -617,7 +635,8 @@ class Visible(nn.Module):
 POOLERS = {   # name -> (width of a token, heads of the backbone, classes) -> module
     "attention": lambda dim, heads, classes: AttentionPooler(dim),
     "criterion": lambda dim, heads, classes: AttentionPooler(dim, queries=classes),
-    "official": lambda dim, heads, classes: _official_probe(dim, heads),
+    "official": lambda dim, heads, classes: _official_probe(dim, heads),          # one Linear after it, as Meta has it
+    "official_mlp": lambda dim, heads, classes: _transformers_probe(dim, heads),   # the same blocks under this project's two-layer head
     "mean": lambda dim, heads, classes: MeanPooler(),
     "lstm": lambda dim, heads, classes: LSTMPooler(dim)}
 
@@ -703,7 +722,7 @@ def _grid(encoder) -> tuple[int, int]:
 def build_model(
     backbone: str | dict = "demo",  # what `load_backbone` loads, frozen; or dict(kind=one of `ENCODERS`, its arguments)
     pooler: str = "attention",      # one of `POOLERS`
-    hidden: int = 512,              # width of the head; 0: one linear layer
+    hidden: int = None,             # width of the head; 0: one linear layer; None: 0 after the official pooler, else 512
     classes: int = 3,
     lora: dict = None,              # adapters: arguments of `add_lora`
     unfrozen: dict = None,          # layers to train: arguments of `unfreeze`
@@ -717,8 +736,10 @@ def build_model(
     pixels: str = "imagenet",       # how pixels become numbers: one of `PIXELS`
 ) -> VideoClassifier:
     "The classifier from plain values, which `model.spec` keeps: they build the same model again."
-    spec = {k: v for k, v in locals().items()}
     if pooler not in POOLERS: raise ValueError(f"unknown pooler {pooler!r}: choose from {sorted(POOLERS)}")
+    if pooler == "official" and hidden: raise ValueError("after the official pooler comes one linear layer: leave hidden out, or choose pooler 'official_mlp'")
+    if hidden is None: hidden = 0 if pooler == "official" else 512
+    spec = {k: v for k, v in locals().items()}
     encoder = _encoder(backbone, **(changes or {}))
     if (theirs := getattr(getattr(getattr(encoder, "frames", None), "config", None), "pixels", pixels)) != pixels:
         raise ValueError(f"the frame encoder {backbone['frames']!r} was trained on pixels {theirs!r}: pass pixels {theirs!r}, not {pixels!r}")
@@ -734,7 +755,8 @@ def build_model(
     pool = POOLERS[pooler](dim, encoder.config.num_attention_heads, classes)
     if auxiliary and encoder.config.tubelet_size != 1: raise ValueError(f"a {type(encoder).__name__} has no token of the last frame alone: leave auxiliary out")
     width, skips = getattr(pool, "width", dim), 1 + len((reading or {}).get("layers", ()))
-    model = VideoClassifier(encoder, pool, mlp_head(width, hidden, classes), SegDecoder(dim*skips, _grid(encoder)) if decoder else None,
+    head = nn.Sequential(nn.Linear(width, classes)) if pooler == "official" else mlp_head(width, hidden, classes)
+    model = VideoClassifier(encoder, pool, head, SegDecoder(dim*skips, _grid(encoder)) if decoder else None,
                             Visible(width, classes, **visible) if visible is not None else None, nn.Linear(dim, classes) if auxiliary else None, pixels)
     model.spec = spec
     return model
@@ -747,10 +769,22 @@ def _family_proof(encoder, kind):
 
 # %% ../nbs/lib/08_models.ipynb #15cbfdbb
 def _pooler_proof(pooler, asked, classes):
-    wanted = dict(attention=("AttentionPooler", 1), criterion=("AttentionPooler", classes), official=("VJEPA2AttentivePooler", 0), mean=("MeanPooler", 0), lstm=("LSTMPooler", 0))
+    wanted = dict(attention=("AttentionPooler", 1), criterion=("AttentionPooler", classes), official=("VJEPA2AttentivePooler", 0), official_mlp=("VJEPA2AttentivePooler", 0),
+                  mean=("MeanPooler", 0), lstm=("LSTMPooler", 0))
     seen = type(pooler).__name__, pooler.query.shape[1] if isinstance(pooler, AttentionPooler) else 0
     words = f"{seen[0]}, {sum(p.numel() for p in pooler.parameters()):,} parameters" + (f", {seen[1]} queries" if seen[1] else "")
     return Proof("pooler", asked, words, seen == wanted[asked])
+
+def official_proof(model: VideoClassifier) -> Proof:
+    "Proof that the pooler starts as Meta's probe does: eps of its LayerNorms, deviation of the projections into the residual stream, and one linear layer after it. Before training."
+    eps = sorted({m.eps for m in model.pooler.modules() if isinstance(m, nn.LayerNorm)})
+    asked = [0.02/math.sqrt(2*i) for _, i in _residual_projections(model.pooler)]
+    seen = [layer.weight.std().item() for layer, _ in _residual_projections(model.pooler)]
+    layers = [m for m in model.head.modules() if not list(m.children())]
+    def words(values): return " ".join(f"{1000*v:.1f}" for v in values)
+    alike = all(abs(a/b - 1) < 5/math.sqrt(2*layer.weight.numel()) for a, b, (layer, _) in zip(seen, asked, _residual_projections(model.pooler)))
+    return Proof("official probe", f"eps 1e-05; residual projections {words(asked)} thousandths; 1 layer after it",
+                 f"eps {' '.join(f'{e:g}' for e in eps)}; {words(seen)} thousandths; {len(layers)} after it", eps == [1e-5] and alike and [type(m) for m in layers] == [nn.Linear])
 
 def _kept_proof(model, video, keep):
     "In a clip that jumps at some frames and stands still between them, those are kept: it gives the tokens of these frames alone."

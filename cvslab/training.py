@@ -63,7 +63,7 @@ class Recipe:
     epochs: int = 15
     batch_size: int = 32                 # clips a step of the optimizer, over all processes and accumulation
     micro_batch: int = 0                 # clips at once on one device; 0: the whole batch
-    weight_decay: float = 0.05
+    weight_decay: float | dict[str, float] = 0.05            # of every trained tensor, or of each group
     warmup_epochs: float = 1.0
     floor: float = 0.01                  # the rate the cosine ends at, as a share of the peak
     begins: dict[str, int] = field(default_factory=dict)     # epochs after which a group starts to learn, with a warm-up of its own
@@ -71,7 +71,7 @@ class Recipe:
     patience: int = 5                    # epochs without a better `monitor` on val before stopping
     min_delta: float = 0.0               # how much better it must be to count
     runaway: float = 1.0                 # a note is printed when `monitor` on train is ahead of val by more than this
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0               # the gradient's norm at most; infinite: never cut
     train_scores: str = "clean"          # clean: after each epoch, in evaluation mode; running: gathered while the weights move
     precision: str = "fp32"              # of the forward pass; fp16 scales the loss, fp16-unscaled does not, as the record did
     device: str = "auto"
@@ -146,13 +146,13 @@ def param_groups(model, recipe: Recipe) -> list[dict]:
         for name, p in params.items():
             layer = re.search(r"encoder\.layer\.(\d+)\.", name) if recipe.layer_decay < 1 else None
             found.setdefault((group, layer and int(layer[1])), []).append(p)
-    top = max((layer for _, layer in found if layer is not None), default=0)
-    return [dict(params=params, name=group, lr=recipe.lr.get(group, 0) * recipe.layer_decay**(0 if layer is None else top - layer))
-            for (group, layer), params in found.items()]
+    top, decay = max((layer for _, layer in found if layer is not None), default=0), recipe.weight_decay
+    return [dict(params=params, name=group, lr=recipe.lr.get(group, 0) * recipe.layer_decay**(0 if layer is None else top - layer),
+                 weight_decay=decay[group] if isinstance(decay, dict) else decay) for (group, layer), params in found.items()]
 
 def _optimizer(acc, model, recipe, **change):
     "AdamW on the trainable parameters, a kernel for all of a step where the device has one."
-    return torch.optim.AdamW(param_groups(model, recipe), weight_decay=recipe.weight_decay, fused=acc.device.type in ("cpu", "cuda"), **change)
+    return torch.optim.AdamW(param_groups(model, recipe), fused=acc.device.type in ("cpu", "cuda"), **change)
 
 def _scaler(acc, recipe): return torch.amp.GradScaler(acc.device.type, enabled=recipe.precision == "fp16")
 
@@ -561,7 +561,7 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
             loss, outputs = _backward(acc, model, batch, recipe, scaler)
             if acc.sync_gradients:
                 scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
+                if math.isfinite(recipe.clip_norm): torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 schedule.step()
