@@ -40,7 +40,7 @@ def _scores(metrics: dict) -> dict:
     score = {k: metrics[main][k] for k in ("value", "lo", "hi", "chance")}
     bad = [k for k, v in score.items() if v is not None and not 0 <= v <= 1]
     if bad: raise ValueError(f"{main} has {bad} outside 0..1: {metrics[main]}")
-    return dict(metric=main, **score, **{k: metrics.get(k) for k in COSTS})
+    return dict(metric=main, **score, by_video=metrics.get(f"{main}_by_video", {}).get("value"), **{k: metrics.get(k) for k in COSTS})
 
 COSTS = ("n_clips", "n_videos", "n_participants", "best_epoch", "seconds", "clips_per_second", "peak_memory_gb")
 
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> dict:
         metrics = load(folder/file)
         scores = _scores(metrics)
         if metrics["data"] != row["data"]: raise ValueError(f"it says {metrics['data']} data, params.json says {row['data']}")
-        return row | scores | dict(protocol=metrics["protocol"], state="scored", reason=_remarks(metrics, scores["metric"]))
+        return row | scores | dict(protocol=metrics["protocol"], input=metrics.get("input"), state="scored", reason=_remarks(metrics, scores["metric"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         return row | dict(reason=f"{file}: {type(e).__name__}: {e}".replace(str(folder.parent.parent), "").strip())
 
@@ -74,8 +74,8 @@ def collect(outputs=None) -> pd.DataFrame:
     "Every run folder `<outputs>/<experiment>/<run>/` as a row of `read_run`; `outputs`, as seen from the project, defaults to its own, whose `test/` is left out."
     outputs = local(outputs or "outputs")
     folders = sorted(p for p in outputs.glob("*/*") if p.is_dir() and not p.name.startswith(".") and p.parent.name != "test")
-    columns = ["folder", "experiment", "run", "state", "reason", "params", "seed", "data", "fingerprint", "code", "protocol",
-               "metric", "value", "lo", "hi", "chance", *COSTS, "history", "predictions"]
+    columns = ["folder", "experiment", "run", "state", "reason", "params", "seed", "data", "fingerprint", "code", "protocol", "input",
+               "metric", "value", "lo", "hi", "chance", "by_video", *COSTS, "history", "predictions"]
     return pd.DataFrame([read_run(f) for f in folders], columns=columns).astype(object).where(lambda t: t.notna(), None)
 
 # %% ../nbs/lib/12_batch.ipynb #228a0ea4
@@ -110,8 +110,8 @@ def recorded_twins(epochs: pd.DataFrame) -> pd.DataFrame:
     return pairs.rename(columns=dict(exp_twin="twin", size="epochs"))[["exp", "twin", "epochs"]]
 
 # %% ../nbs/lib/12_batch.ipynb #dfd772eb
-COLUMNS = ["board", "rank", "experiment", "run", "metric", "value", "lo", "hi", "chance", "seeds", "seed_sd", "n", "videos", "best_epoch", "hours",
-           "peak_memory_gb", "note"]
+COLUMNS = ["board", "rank", "experiment", "run", "metric", "value", "lo", "hi", "chance", "by_video", "seeds", "seed_sd", "n", "videos", "best_epoch", "hours",
+           "peak_memory_gb", "input", "note"]
 RECORDED = "record: val, 1 fps, 16 frames centred, whole frame, copied labels, best epoch on val"
 RECORDED_LATER = "record (later log): val, 1 fps, 5 frames centred, centre crop, copied labels, best epoch on val"
 PUBLISHED = "published: test, key-frames, majority labels"
@@ -120,6 +120,8 @@ def _board(run) -> str:
     size = int(run["n_clips"] or run["n_participants"])
     return f"{run['data']} data {run['fingerprint'][:6]}: {', '.join(f'{k} {v}' for k, v in run['protocol'].items())}, {size} scored"
 
+def _looked_at(run) -> str: return ", ".join(f"{k} {v}" for k, v in (run["input"] or {}).items())
+
 def _merged_seeds(group: pd.DataFrame, twin: dict) -> dict:
     copies = group[group.duplicated("seed")]["run"].tolist()
     group = group.drop_duplicates("seed")
@@ -127,9 +129,9 @@ def _merged_seeds(group: pd.DataFrame, twin: dict) -> dict:
     mean = lambda column: 100*group[column].astype(float).mean()
     notes = dict.fromkeys([*(twin[f] for f in group["folder"] if f in twin), *group["reason"].dropna(), *(f"a repeat, not another seed: {c}" for c in copies)])
     return dict(board=_board(first), experiment=first["experiment"], run=", ".join(group["run"]), metric=first["metric"],
-                value=mean("value"), lo=mean("lo"), hi=mean("hi"), chance=mean("chance"), seeds=len(group), seed_sd=100*values.std(),
+                value=mean("value"), lo=mean("lo"), hi=mean("hi"), chance=mean("chance"), by_video=mean("by_video"), seeds=len(group), seed_sd=100*values.std(),
                 n=first["n_clips"] or first["n_participants"], videos=first["n_videos"], best_epoch=first["best_epoch"] if len(group) == 1 else None,
-                hours=group["seconds"].astype(float).sum()/3600, peak_memory_gb=group["peak_memory_gb"].astype(float).max(),
+                hours=group["seconds"].astype(float).sum()/3600, peak_memory_gb=group["peak_memory_gb"].astype(float).max(), input=_looked_at(first),
                 note="; ".join(notes), twin=any(f in twin for f in group["folder"]))
 
 def _recorded_rows() -> list[dict]:
@@ -151,7 +153,7 @@ def leaderboard(runs: pd.DataFrame, recorded: bool = False, apart: bool = False)
     "Scored runs in percent, with record and field if `recorded`, ranked by board; raises where boards would mix, unless shown `apart`."
     scored = runs[runs["state"] == "scored"]
     twin = {r.folder: f"not ranked: the same {r.same} as another run ({r.differs})" for r in twins(runs).itertuples()}
-    one_but_seed = [digest([_board(r), _identity(r) | dict(seed=None)]) for _, r in scored.iterrows()]
+    one_but_seed = [digest([_board(r), r["input"], _identity(r) | dict(seed=None)]) for _, r in scored.iterrows()]
     rows = [_merged_seeds(group, twin) for _, group in scored.groupby(one_but_seed, sort=False)] + (_recorded_rows() if recorded else [])
     table = pd.DataFrame(rows, columns=[*COLUMNS, "twin"])
     if table["board"].nunique() > 1 and not apart:
@@ -177,25 +179,31 @@ def _named(scored: pd.DataFrame, name: str) -> pd.DataFrame:
 def differences(runs: pd.DataFrame, experiments, control: str = "02_baseline", part: str = "") -> pd.DataFrame:
     """Scored CVS runs of `experiments` minus those of `control` on the same board, each setting's seeds together, paired by video. With `part`,
     minus the control that each run has trained in its own folder of this name. An experiment may be one arm: `14_hybrid -p arm swincvs`.
+    Where a board has several settings of the control, one with the same input comes first, then the one with most seeds.
 
-    A row a setting: experiment, run, control, seeds, `map`, `c1`..`c3` (value, lo, hi; shares), or what is `missing`."""
+    A row a setting: experiment, run, control, seeds, `map`, `c1`..`c3` (value, lo, hi; shares), in what the `inputs` differ, or what is `missing`."""
     rows, scored = [], runs[(runs["state"] == "scored") & (runs["metric"] == "map")]
-    scored = scored.assign(board=[_board(r) for _, r in scored.iterrows()], setting=[digest({k: v for k, v in _identity(r).items() if k not in ("seed", "name")}) for _, r in scored.iterrows()])
-    controls = {board: [Run.open(f) for f in max((g["folder"] for _, g in rows.groupby("setting")), key=len)] for board, rows in _named(scored, control).groupby("board")}
+    scored = scored.assign(board=[_board(r) for _, r in scored.iterrows()], setting=[digest([r["input"], {k: v for k, v in _identity(r).items() if k not in ("seed", "name")}]) for _, r in scored.iterrows()])
+    settings = [group for _, group in _named(scored, control).groupby(["board", "setting"])]
+    def best_control(board, looked_at):
+        fitting = [g for g in settings if g["board"].iloc[0] == board]
+        return max(fitting, key=lambda g: (_looked_at(g.iloc[0]) == looked_at, len(g)))["folder"] if fitting else []
     for experiment in experiments:
         own = _named(scored, experiment)
         if own.empty: rows.append(dict(experiment=experiment, missing=_command(experiment)))
         for (board, _), group in own.groupby(["board", "setting"]):
-            row, ours, theirs = dict(experiment=experiment, run=", ".join(group["run"]), board=board, seeds=len(group)), [Run.open(f) for f in group["folder"]], controls.get(board, [])
+            row = dict(experiment=experiment, run=", ".join(group["run"]), board=board, seeds=len(group))
+            ours, theirs = ([Run.open(f) for f in folders] for folders in (group["folder"], best_control(board, _looked_at(group.iloc[0]))))
             if part:
                 ours = [r for r in ours if r.part(part).finished]
                 theirs = [r.part(part) for r in ours]
             if theirs:
                 found = compare(ours, theirs)
-                row |= dict(control=", ".join(r.name for r in theirs), **{k: found[k] for k in ("map", "c1", "c2", "c3")})
+                row |= dict(control=", ".join(r.name for r in theirs), **{k: found[k] for k in ("map", "c1", "c2", "c3")},
+                           inputs="; ".join(f"{k}: {', '.join(dict.fromkeys(map(str, v)))}" for k, v in found["input"].items()))
             else: row |= dict(missing=f"{_command(experiment)} with its control in the folder {part} of the run" if part else f"{_command(control)} on the same data and protocol")
             rows.append(row)
-    return pd.DataFrame(rows, columns=["experiment", "run", "control", "board", "seeds", "map", "c1", "c2", "c3", "missing"])
+    return pd.DataFrame(rows, columns=["experiment", "run", "control", "board", "seeds", "map", "c1", "c2", "c3", "inputs", "missing"])
 
 # %% ../nbs/lib/12_batch.ipynb #c6710790
 def _row(cells) -> str: return "| " + " | ".join(str(c).replace("|", "/").replace("\n", " ") for c in cells) + " |"
@@ -204,16 +212,16 @@ def _number(value, form="{:.1f}") -> str: return "" if pd.isna(value) else form.
 
 def markdown(board: pd.DataFrame, runs: pd.DataFrame) -> str:
     "The leaderboard as Markdown: a table a board, then the broken and the unscored folders with their reasons."
-    head = ["rank", "experiment", "run", "value", "interval", "chance", "seeds", "SD", "hours", "note"]
+    head = ["rank", "experiment", "run", "value", "interval", "chance", "by video", "seeds", "SD", "hours", "input", "note"]
     lines = ["# Leaderboard", "",
-             "Percent, with 95 % intervals from resampling videos or participants. Rows of different tables were measured differently and do not compare.",
+             "Percent, with 95 % intervals from resampling videos or participants; by video: the mean of the AP within each video. Rows of different tables were measured differently and do not compare.",
              "A rank inside a table is the order of the values; whether two rows differ is for `cvslab.metrics.compare` to say.", ""]
     for name, rows in board.groupby("board", sort=False):
         lines += [f"## {name}", "", _row(head), _row(["---"]*len(head))]
         for r in rows.itertuples():
             span = f"{r.lo:.1f} to {r.hi:.1f}" if pd.notna(r.lo) else "none"
-            lines.append(_row([_number(r.rank, "{}"), r.experiment, r.run, _number(r.value) or "not computed", span, _number(r.chance),
-                               _number(r.seeds, "{:.0f}"), _number(r.seed_sd), _number(r.hours, "{:.2f}"), r.note]))
+            lines.append(_row([_number(r.rank, "{}"), r.experiment, r.run, _number(r.value) or "not computed", span, _number(r.chance), _number(r.by_video),
+                               _number(r.seeds, "{:.0f}"), _number(r.seed_sd), _number(r.hours, "{:.2f}"), r.input if pd.notna(r.input) else "", r.note]))
         lines.append("")
     for state in ("broken", "unscored"):
         rows = [_row([r.folder, r.reason]) for r in runs[runs["state"] == state].itertuples()]

@@ -27,7 +27,7 @@ from . import objectives, training
 from .attention import (AttentionSummary, clear_attention, clip_grid, encoder_of, mask_tokens, measure, pooler_attention, set_attention,
                               token_mask, windows_on)
 from .core import Run, cache_dir, digest, rel, root, save
-from .endoscapes import ClipDataset, Protocol, data_card, open_datasets
+from .endoscapes import ClipDataset, Protocol, data_card, open_datasets, protocol_of
 from .metrics import CRITERIA, Ranking, estimate, mask_counts, multiplicities, paired_difference, score_cvs, score_masks
 from .models import VideoClassifier, build_model, input_size
 from .objectives import LossTerm
@@ -68,7 +68,7 @@ def open_run(path: str = "", lora: bool = False, decoder: bool = False) -> Run:
 
 def clips_of(run: Run, masks: bool = True) -> ClipDataset:
     "The clips a run was scored on, with its predictions `p_c1..p_c3` and their label `group`; `ValueError` where the data are not those of the run."
-    protocol = Protocol(**run.load("metrics.json")["protocol"])
+    protocol = protocol_of(run.load("metrics.json"))
     datasets, card = open_datasets(run.params["data"], protocol, run.params.get("max_clips", 0), masks=masks)
     if any(run.data.get(k) != v for k, v in card.items()): raise ValueError(f"{rel(run.dir)} was made on other data ({run.data}, now {card}): run {run.experiment} again")
     dataset, told = datasets[protocol.split], run.load("predictions.parquet")

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .attention import AttentionStats, clip_grid, measure, token_mask
 from .core import Run, rel, root
-from .endoscapes import CLASSES, CRITERIA, IGNORE, OFFICIAL, Protocol, open_datasets, open_tree, read_frames, read_mask
+from .endoscapes import CLASSES, CRITERIA, IGNORE, OFFICIAL, open_datasets, open_tree, protocol_of, read_frames, read_mask
 from .models import build_model, input_size
 from .plots import COLORS, panels
 from .training import Recipe, accelerator, load_trained
@@ -283,7 +283,7 @@ def explore(run: str = "", split: str = "val", max_clips: int = 0, device: str =
     "The explorer of a run (see `find_run`; without any, of the untrained demo classifier), the card of its data, and a line that says what is shown."
     found = find_run(run)
     data = found.params["data"] if found else "demo"
-    protocol = Protocol(**found.load("metrics.json")["protocol"]) if found else replace(OFFICIAL, n_frames=8, size=input_size("demo"))
+    protocol = protocol_of(found.load("metrics.json")) if found else replace(OFFICIAL, n_frames=8, size=input_size("demo"))
     model = load_trained(found) if found else build_model("demo").eval()
     datasets, card = open_datasets(data, replace(protocol, split=split), max_clips=max_clips, masks=True)
     words = f"{rel(found.dir)}, weights of its best epoch" if found else "the demo backbone with an untrained head: no finished run of 10_lora or 02_baseline was found"

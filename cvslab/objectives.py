@@ -12,7 +12,7 @@ __all__ = ['IGNORE', 'SEG_CLASSES', 'SEG_WEIGHTS', 'CRITERION_CLASSES', 'RECORDE
 
 # %% ../nbs/lib/09_objectives.ipynb #98903039
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -31,10 +31,15 @@ from .core import Proof
 class LossTerm:
     "`weight * fn(outputs, batch)`, whose gradient must reach every trainable group in `reaches` (all of them when empty)."
     fn: Callable
-    weight: float = 1.0
+    weight: float | Sequence[float] = 1.0      # several: by epoch, the last one from then on
     reaches: tuple[str, ...] = ()
     applies: Callable = lambda batch: True   # whether a batch holds what the term is about, e.g. a mask
     slip: bool = False       # declared as a slip of the record: it is expected to reach nothing
+
+    def at(self, epoch: int) -> "LossTerm":
+        "The term with its one weight in `epoch`, counted from 1."
+        if isinstance(self.weight, (int, float)): return self
+        return replace(self, weight=self.weight[min(epoch, len(self.weight)) - 1])
 
 def _weights(pos_weight, like):
     "`pos_weight` as a tensor beside `like`, one weight a criterion."

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEVICES', 'TRACKERS', 'CVS', 'Recipe', 'accelerator', 'Order', 'draws', 'param_groups', 'predict',
-           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'preflight', 'undisturbed',
-           'largest_micro_batch', 'estimate', 'fit', 'load_last', 'load_best', 'load_trained', 'Task', 'report',
-           'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
+           'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'rates_proof', 'schedule_proof',
+           'loss_shares_proof', 'reported_proof', 'preflight', 'undisturbed', 'largest_micro_batch', 'estimate', 'fit',
+           'load_last', 'load_best', 'load_reported', 'load_trained', 'Task', 'report', 'describe_protocol',
+           'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
 
 # %% ../nbs/lib/10_training.ipynb #9295e276
 import copy, inspect, math, re, signal, threading, time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .attention import attention_proofs, encoder_of, has_anatomy, plan_proof, reads_mask
 from .core import Proof, Run, atomic, byte_size, derive_seed, digest, free_bytes, main_process, rel, root, seed_all
-from .metrics import CRITERIA, ap_per_criterion, check_comparable, compare, protocol_differences, score_cvs
+from .metrics import BY_VIDEO, CRITERIA, ap_per_criterion, check_comparable, compare, input_differences, protocol_differences, score_cvs
 from .models import ENCODERS, POOLERS, VideoClassifier, build_model, compile_layers, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
 from .objectives import LossTerm
 from .storage import Mirror
@@ -53,6 +54,7 @@ class Recipe:
     lr: dict[str, float]                 # peak learning rate of each trainable group: lora, backbone, head
     score: Callable
     monitor: str = "map"
+    reported: str = "best"               # epoch whose weights are kept in the end: the best `monitor` on val, or the last
     transform: Callable = None           # augmentation of a batch on the device
     views: tuple[Callable, ...] = ()     # in evaluation, what else of a clip is shown: logits are averaged with those of each view of the pixels
     context: Callable = lambda model, batch: nullcontext()   # around forward and backward of a training batch: what interventions read
@@ -61,7 +63,7 @@ class Recipe:
     epochs: int = 15
     batch_size: int = 32                 # clips a step of the optimizer, over all processes and accumulation
     micro_batch: int = 0                 # clips at once on one device; 0: the whole batch
-    weight_decay: float = 0.05
+    weight_decay: float | dict[str, float] = 0.05            # of every trained tensor, or of each group
     warmup_epochs: float = 1.0
     floor: float = 0.01                  # the rate the cosine ends at, as a share of the peak
     begins: dict[str, int] = field(default_factory=dict)     # epochs after which a group starts to learn, with a warm-up of its own
@@ -69,7 +71,7 @@ class Recipe:
     patience: int = 5                    # epochs without a better `monitor` on val before stopping
     min_delta: float = 0.0               # how much better it must be to count
     runaway: float = 1.0                 # a note is printed when `monitor` on train is ahead of val by more than this
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0               # the gradient's norm at most; infinite: never cut
     train_scores: str = "clean"          # clean: after each epoch, in evaluation mode; running: gathered while the weights move
     precision: str = "fp32"              # of the forward pass; fp16 scales the loss, fp16-unscaled does not, as the record did
     device: str = "auto"
@@ -80,13 +82,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name, choices in dict(precision=DTYPES, device=DEVICES, train_scores=("clean", "running"), tracker=TRACKERS).items():
+        for name, choices in dict(precision=DTYPES, device=DEVICES, train_scores=("clean", "running"), tracker=TRACKERS, reported=("best", "last")).items():
             if getattr(self, name) not in choices: raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {list(choices)}")
         self.accumulation()
         here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), xla=find_spec("torch_xla") is not None)
         if not here.get(self.device, True): raise RuntimeError(_no_device(self.device, "not there"))
         if self.tracker != "none" and find_spec(self.tracker) is None:
             raise RuntimeError(f"tracker {self.tracker!r} is not installed: `pip install {self.tracker}`, or pass `-p tracker none`")
+
+    def at(self, epoch: int) -> "Recipe":
+        "The recipe of one epoch, counted from 1: each loss with its weight in it."
+        return replace(self, losses={name: term.at(epoch) for name, term in self.losses.items()})
 
     def accumulation(self, processes: int = 1) -> int:
         "Micro-batches a step; `ValueError` where the batch cannot be divided so."
@@ -140,13 +146,13 @@ def param_groups(model, recipe: Recipe) -> list[dict]:
         for name, p in params.items():
             layer = re.search(r"encoder\.layer\.(\d+)\.", name) if recipe.layer_decay < 1 else None
             found.setdefault((group, layer and int(layer[1])), []).append(p)
-    top = max((layer for _, layer in found if layer is not None), default=0)
-    return [dict(params=params, name=group, lr=recipe.lr.get(group, 0) * recipe.layer_decay**(0 if layer is None else top - layer))
-            for (group, layer), params in found.items()]
+    top, decay = max((layer for _, layer in found if layer is not None), default=0), recipe.weight_decay
+    return [dict(params=params, name=group, lr=recipe.lr.get(group, 0) * recipe.layer_decay**(0 if layer is None else top - layer),
+                 weight_decay=decay[group] if isinstance(decay, dict) else decay) for (group, layer), params in found.items()]
 
 def _optimizer(acc, model, recipe, **change):
     "AdamW on the trainable parameters, a kernel for all of a step where the device has one."
-    return torch.optim.AdamW(param_groups(model, recipe), weight_decay=recipe.weight_decay, fused=acc.device.type in ("cpu", "cuda"), **change)
+    return torch.optim.AdamW(param_groups(model, recipe), fused=acc.device.type in ("cpu", "cuda"), **change)
 
 def _scaler(acc, recipe): return torch.amp.GradScaler(acc.device.type, enabled=recipe.precision == "fp16")
 
@@ -156,6 +162,11 @@ def _rate(warmup: float, total: int, floor: float, start: int, step: int) -> flo
     if done < 0: return 0.
     if done < warmup: return done / warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(1, (done - warmup) / max(1, left - warmup)))) / 2
+
+def _schedule(optimizer, recipe, steps: int) -> LambdaLR:
+    "The rates of `optimizer` over the epochs of `recipe`, each of `steps` steps."
+    rate = partial(_rate, round(recipe.warmup_epochs*steps), recipe.epochs*steps, recipe.floor)
+    return LambdaLR(optimizer, [partial(rate, recipe.begins.get(g["name"], 0)*steps) for g in optimizer.param_groups])
 
 def _autocast(acc, recipe):
     dtype = DTYPES[recipe.precision]
@@ -229,6 +240,45 @@ def _group_proofs(model, recipe):
         steps = [math.log(a/b, recipe.layer_decay) for r in rates for a, b in pairwise(r)]             # layers between two rates
         words = ", ".join(f"{len(r)} rates, {r[0]:.2g} to {r[-1]:.2g}" for r in rates)
         yield Proof("layer decay", f"{recipe.layer_decay:g} a layer downward", words or "no encoder layer learns", bool(steps) and all(abs(s - round(s)) < 1e-6 for s in steps))
+
+def rates_proof(model, recipe: Recipe, lr: dict[str, float], weight_decay: float) -> Proof:
+    "Proof that the optimizer of `recipe` moves the parameters of each group at its peak rate in `lr`, and shrinks all of them by `weight_decay`."
+    groups = _optimizer(accelerator(recipe), model, recipe).param_groups
+    seen = {name: sorted({g["lr"] for g in groups if g["name"] == name}) for name in dict.fromkeys(g["name"] for g in groups)}
+    decays = sorted({g["weight_decay"] for g in groups})
+    words = ", ".join(f"{name} {' '.join(f'{r:g}' for r in rates)}" for name, rates in seen.items()) + f"; decay {' '.join(f'{d:g}' for d in decays)}"
+    return Proof("rates", ", ".join(f"{name} {rate:g}" for name, rate in lr.items()) + f"; decay {weight_decay:g}", words,
+                 seen == {name: [rate] for name, rate in lr.items()} and decays == [weight_decay])
+
+def schedule_proof(recipe: Recipe, items: int, warmup_epochs: float, floor: float) -> Proof:
+    "Proof that the rates warm up and fall as asked, by the share of the peak at the first step, the highest, and the end of a training on `items` clips."
+    steps = items // recipe.batch_size
+    schedule = _schedule(torch.optim.SGD([dict(params=[torch.zeros(1)], name="head")], lr=1.), replace(recipe, begins={}), steps)
+    share, total, warm = schedule.lr_lambdas[0], recipe.epochs*steps, round(warmup_epochs*steps)
+    seen, asked = [share(0), share(warm), share(total)], [float(not warm), 1., floor]
+    says = "constant" if asked == [1., 1., 1.] else f"a warm-up of {warmup_epochs:g} epochs, a cosine to {floor:g} of the peak"
+    between = share((warm + total)/2)                                # half way down
+    return Proof("schedule", says, f"{seen[0]:g} of the peak at first, {seen[1]:g} after {warm} steps, {between:g} half way, {seen[2]:g} at the end of {total}",
+                 bool(np.allclose([*seen, between], [*asked, (1 + floor)/2], atol=1e-6)))
+
+def loss_shares_proof(recipe: Recipe, shares: Sequence[float], classes: int = 3) -> Proof:
+    "Proof that in each epoch the last frame's own head has its share of the loss in `shares` (the last one stays), the logits the rest: by the gradients of both heads."
+    asked, seen = [shares[min(e, len(shares) - 1)] for e in range(recipe.epochs)], []
+    for epoch in range(1, recipe.epochs + 1):
+        outputs = {k: torch.zeros(1, classes, requires_grad=True) for k in ("auxiliary", "logits")}
+        loss = sum(term.weight * term.fn(outputs, dict(y=torch.ones(1, classes))) for term in recipe.at(epoch).losses.values())
+        grads = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
+        own, rest = (0. if g is None else g.abs().sum().item() for g in grads)
+        seen.append(own/(own + rest))
+    def words(values): return " ".join(f"{v:.2f}/{1 - v:.2f}" for v in values)
+    return Proof("loss shares", f"own head / LSTM by epoch: {words(asked)}", words(seen), bool(np.allclose(seen, asked, atol=1e-4)))
+
+def reported_proof(recipe: Recipe, reported: str) -> Proof:
+    "Proof that the epoch asked for is the one that is kept, and, if that is the last, that nothing stops before it."
+    never = recipe.patience >= recipe.epochs
+    says = dict(best="the best on val", last="the last, whatever val says")
+    return Proof("epoch reported", says[reported], f"{says[recipe.reported]}; {'nothing stops' if never else f'a patience of {recipe.patience} may stop'} before epoch {recipe.epochs}",
+                 recipe.reported == reported and (never or reported == "best"))
 
 def _lora_proof(model):
     asked = model.spec["lora"]
@@ -369,7 +419,7 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     """Prove on the first batch that every knob turns, write `applied.json` and return the table; `PreflightError` if one does not.
 
     `proofs` are those of the data and of other parts, joined to the model's own."""
-    acc = accelerator(recipe)
+    acc, recipe, weights = accelerator(recipe), recipe.at(1), {name: term.weight for name, term in recipe.losses.items()}
     device = acc.device
     model.train().to(device)
     if recipe.checkpointing: model.backbone.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -393,7 +443,7 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     for name, b in model.named_buffers(): b.copy_(buffers[name])       # the proofs are not training
     groups, adapters = trainable(model), lora_modules(model.backbone)
     run.save("applied.json", dict(
-        proofs=[vars(r) for r in rows], model=model.spec, backbone=fingerprint(model), lr=recipe.lr, losses={k: t.weight for k, t in recipe.losses.items()},
+        proofs=[vars(r) for r in rows], model=model.spec, reported=recipe.reported, backbone=fingerprint(model), lr=recipe.lr, losses=weights,
         trainable={g: sum(p.numel() for p in ps.values()) for g, ps in groups.items()},
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         lora=dict(modules=adapters, parameters=sum(adapters.values())),
@@ -517,7 +567,7 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
             seen, outputs = _backward(acc, model, batch, recipe, scaler)
             if acc.sync_gradients:
                 scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
+                if math.isfinite(recipe.clip_norm): torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 schedule.step()
@@ -547,7 +597,7 @@ def _trial(model):
 # %% ../nbs/lib/10_training.ipynb #832a4150
 def _steps(acc, model, train, recipe, n: int):
     "Train for one step to warm up and for `n` more at a rate of 0; yields the seconds of reading and of all else, and the batch, of each of the `n`."
-    order = list(Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed))
+    recipe, order = recipe.at(1), list(Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed))
     size = recipe.micro_batch or recipe.batch_size // acc.num_processes
     optimizer, scaler = _optimizer(acc, model.train().to(acc.device), recipe), _scaler(acc, recipe)
     for group in optimizer.param_groups: group.update(lr=0., weight_decay=0.)
@@ -687,7 +737,7 @@ def _runaway(history: list[dict], recipe: Recipe) -> str | None:
 
 # %% ../nbs/lib/10_training.ipynb #d7a67d2b
 def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, run: Run) -> pd.DataFrame:
-    """Train `model`, continuing where an earlier call was cut; returns the history and leaves the best epoch's weights in `model`.
+    """Train `model`, continuing where an earlier call was cut; returns the history and leaves the weights of the reported epoch (the best, or the last) in `model`.
 
     Writes `history.csv` and one checkpoint an epoch. Train scores are taken on clean clips in evaluation mode, on at most as many as val has.
     Raises `RuntimeError` where no preflight was passed, `ValueError` where val has no positive clip, `OSError` where the checkpoints do not fit on the
@@ -701,9 +751,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     optimizer = _optimizer(acc, model, recipe)
     order = Order(len(train), recipe.batch_size, recipe.sampling, recipe.seed)
     steps = len(order) // recipe.batch_size
-    rate = partial(_rate, round(recipe.warmup_epochs*steps), recipe.epochs*steps, recipe.floor)
-    schedule = LambdaLR(optimizer, [partial(rate, recipe.begins.get(g["name"], 0)*steps) for g in optimizer.param_groups])
-    scaler = _scaler(acc, recipe)
+    schedule, scaler = _schedule(optimizer, recipe, steps), _scaler(acc, recipe)
     mirror = Mirror.of(run.dir) if acc.is_main_process else None
     if mirror: mirror.pull()
     acc.wait_for_everyone()
@@ -726,7 +774,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         seed_all(recipe.seed, epoch, acc.process_index)
         waiting = [p for g, later in recipe.begins.items() if epoch <= later for p in groups[g].values()]
         for p in waiting: p.requires_grad_(False)
-        with fast(): loss, counts, ys, logits = _epoch(acc, wrapped, loader, recipe, optimizer, schedule, scaler, recipe.epochs*steps)
+        with fast(): loss, counts, ys, logits = _epoch(acc, wrapped, loader, recipe.at(epoch), optimizer, schedule, scaler, recipe.epochs*steps)
         for p in waiting: p.requires_grad_(True)
         _check_finite(acc, model, recipe, run, scaler, epoch, counts, len(loader))
         seconds.append(time.time() - began)
@@ -754,7 +802,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         run.save("history.csv", pd.DataFrame(history))
         live.show(history, new=False)
     if tracker: tracker.finish()
-    load_best(model, run)
+    load_reported(model, run)
     return pd.DataFrame(history)
 
 # %% ../nbs/lib/10_training.ipynb #34ee3f55
@@ -776,10 +824,16 @@ def load_best(model, run: Run) -> dict:
     _load_trained(model, weights)
     return dict(best_epoch=int(best.stem[-4:]), epochs=len(history), seconds=sum(state["seconds"]))
 
+def load_reported(model, run: Run) -> dict:
+    "Load the weights of the epoch that `run` reports, the best on val or the last, as `applied.json` says; returns what `load_best` does, `best_epoch` being that epoch."
+    if run.load("applied.json").get("reported", "best") == "best": return load_best(model, run)
+    state = load_last(model, run)
+    return dict(best_epoch=state["epoch"], epochs=len(state["history"]), seconds=sum(state["seconds"]))
+
 def load_trained(run: Run) -> VideoClassifier:
-    "The model of a finished CVS run with the weights of its best epoch, in evaluation mode."
+    "The model of a finished CVS run with the weights of the epoch it reports, in evaluation mode."
     model = build_model(**run.load("applied.json")["model"])
-    load_best(model, run)
+    load_reported(model, run)
     return model.eval()
 
 # %% ../nbs/lib/10_training.ipynb #1280634b
@@ -791,18 +845,20 @@ class Task(NamedTuple):
 
 CVS = Task(lambda dataset: dataset.clips[["split", "clip", "video", "frame"]], cvs_predictions, score_cvs)
 
-def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protocol: dict, task: Task = CVS) -> dict:
-    """Score the best epoch on `datasets` (by split) and write `predictions.parquet`, `manifest.csv` and, last, `metrics.json`.
+def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protocol: "Protocol | dict", task: Task = CVS) -> dict:
+    """Score the epoch that is reported on `datasets` (by split) and write `predictions.parquet`, `manifest.csv` and, last, `metrics.json`.
 
-    The epoch was selected on val; `protocol["split"]` is the split reported. Where that is not val, val's own scores are kept as `selection`."""
-    split = protocol["split"]
+    `protocol` is a `Protocol`, whose `scored` and `input` are kept apart, or a dict, all of it scored. The epoch was selected on val (or is the last, if the recipe says so); the
+    protocol's split is the one reported. Where that is not val, val's own scores are kept as `selection`."""
+    scored, looked_at = getattr(protocol, "scored", protocol), getattr(protocol, "input", {})
+    split = scored["split"]
     if split not in datasets: raise ValueError(f"no data of the split {split!r} to report: give one of {sorted(datasets)}")
-    cost = load_best(model, run)
+    cost = load_reported(model, run)
     tables = {s: task.predictions(d, predict(model, d, recipe)[1]) for s, d in datasets.items() if s in ("val", split)}
     run.save("predictions.parquet", pd.concat(tables.values()))
     run.save("manifest.csv", pd.concat([task.items(d) for d in datasets.values()]))
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    result = run.header() | dict(protocol=protocol, **task.score(tables[split]), best_epoch=cost["best_epoch"], epochs=cost["epochs"], seconds=round(cost["seconds"], 1),
+    result = run.header() | dict(protocol=scored, input=looked_at, **task.score(tables[split]), best_epoch=cost["best_epoch"], reported=recipe.reported, epochs=cost["epochs"], seconds=round(cost["seconds"], 1),
                                  clips_per_second=round(cost["epochs"] * len(Order(len(datasets["train"]), recipe.batch_size)) / cost["seconds"], 2),
                                  peak_memory_gb=round(memory / 2**30, 3))
     if split != "val": result["selection"] = task.score(tables["val"])
@@ -813,24 +869,26 @@ def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protoc
 
 # %% ../nbs/lib/10_training.ipynb #1ace5201
 def _score_table(scores: dict, caption: str, chance: bool = True) -> "pd.io.formats.style.Styler":
-    rows = {k: scores[k] for k in ("map", *CRITERIA)}
-    table = pd.DataFrame({k: {c: np.nan if v[c] is None else 100*v[c] for c in ("value", "lo", "hi", "chance")} for k, v in rows.items()}).T
+    rows = {k: scores[k] for k in ("map", *CRITERIA, *BY_VIDEO.values())}
+    table = pd.DataFrame({k.replace("_", " "): {c: np.nan if v[c] is None else 100*v[c] for c in ("value", "lo", "hi", "chance")} for k, v in rows.items()}).T
     return table[["value", "lo", "hi"] + ["chance"]*chance].style.format("{:.1f}", na_rep="not computed").set_caption(caption)
 
 def describe_protocol(metrics: dict) -> str:
-    "Protocol and data of a metrics file in one line."
-    words = ", ".join(f"{k} {v}" for k, v in metrics["protocol"].items())
-    return f"{metrics['data']} data; {words}"
+    "Data, protocol and input of a metrics file in one line."
+    scored, looked_at = (", ".join(f"{k} {v}" for k, v in (metrics.get(part) or {}).items()) for part in ("protocol", "input"))
+    return f"{metrics['data']} data; {scored}" + (f"; input: {looked_at}" if looked_at else "")
 
 def result_table(metrics: dict) -> "pd.io.formats.style.Styler":
     "AP in percent of a metrics file: value, 95 % interval by video and chance; the protocol is the caption."
-    return _score_table(metrics, f"{metrics['n_clips']} clips of {metrics['n_videos']} videos, best epoch {metrics['best_epoch']}; {describe_protocol(metrics)}")
+    return _score_table(metrics, f"{metrics['n_clips']} clips of {metrics['n_videos']} videos, {'best' if metrics.get('reported', 'best') == 'best' else 'last'} epoch {metrics['best_epoch']}; {describe_protocol(metrics)}")
 
 def difference_table(run: Run, other: Run) -> "pd.io.formats.style.Styler":
-    "AP in percent of `run` minus that of `other`, on the same clips, paired by video."
-    return _score_table(compare(run, other), f"{rel(run.dir)} minus {rel(other.dir)}, AP in percent, paired by video", chance=False)
+    "AP in percent of `run` minus that of `other`, on the same clips, paired by video; the caption says in what their inputs differ."
+    found = compare(run, other)
+    apart = "; ".join(f"{k} {mine} against {theirs}" for k, (mine, theirs) in found["input"].items())
+    return _score_table(found, f"{rel(run.dir)} minus {rel(other.dir)}, AP in percent, paired by video" + (f"; inputs differ: {apart}" if apart else ""), chance=False)
 
-def whole_run(run: Run, spec: dict, datasets: dict[str, Dataset], recipe: Recipe, protocol: dict) -> Run:
+def whole_run(run: Run, spec: dict, datasets: dict[str, Dataset], recipe: Recipe, protocol: "Protocol") -> Run:
     "A control or a member: `build_model(**spec)`, preflight, fit and report in the folder of `run` (a `Run.part`), which is returned."
     seed_all(recipe.seed)
     model = build_model(**spec)
@@ -853,16 +911,20 @@ def ensemble(run: Run, members: list[Run]) -> pd.DataFrame:
 def compare_with(run: Run, experiment: str, name: str = "*", **params):
     """Paired difference, `run` minus the newest other finished run of `experiment` (a `name` like this, these `params`) on the same data, clips and protocol, in percent.
 
-    Where there is none, a line that says which command makes one."""
+    One with the same input comes first, else the caption says in what the inputs differ. Where there is none, a line that says which command makes one."""
     mine = run.load("metrics.json")
-    others = sorted((root()/"outputs"/experiment).glob(f"{name}/metrics.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for folder in (p.parent for p in others):
+    paths, fitting = sorted((root()/"outputs"/experiment).glob(f"{name}/metrics.json"), key=lambda p: p.stat().st_mtime, reverse=True), []
+    def passed_over(folder, e): print(f"note: {rel(folder)} was passed over: {e}")
+    for folder in (p.parent for p in paths):
         try:
             other = Run.open(folder)
             if other.dir.resolve() == run.dir.resolve(): continue
             theirs = other.load("metrics.json")
             if any(other.params.get(k) != v for k, v in params.items()): continue
             if other.data != run.data or protocol_differences(mine, theirs) or mine["n_clips"] != theirs["n_clips"]: continue
-            return difference_table(run, other)
-        except (OSError, ValueError, KeyError) as e: print(f"note: {rel(folder)} was passed over: {e}")
+            fitting.append((bool(input_differences(mine, theirs)), len(fitting), other))
+        except (OSError, ValueError, KeyError) as e: passed_over(folder, e)
+    for _, _, other in sorted(fitting):                              # the same input first, then the newest
+        try: return difference_table(run, other)
+        except (OSError, ValueError, KeyError) as e: passed_over(other.dir, e)
     print(f"no finished run of {experiment} on the same data, clips and protocol: papermill nbs/{experiment}.ipynb outputs/{experiment}.ipynb{''.join(f' -p {k} {v}' for k, v in params.items())} makes one")

@@ -19,14 +19,14 @@ def predictions(seed, clips=40):
     table = pd.DataFrame(dict(clip=[f"{i//8}_{25*i}" for i in range(clips)], video=np.arange(clips)//8, frame=25*np.arange(clips), split="val"))
     return table.assign(**{f"y_{c}": y[:, i].astype(float) for i, c in enumerate(CRITERIA)}, **{f"p_{c}": rng.random(clips) for c in CRITERIA})
 
-def write(outputs, experiment, run, weights=0, demo=False, protocol=PROTOCOL, fingerprint="tree", clips=40, n_boot=20, **params):
+def write(outputs, experiment, run, weights=0, demo=False, protocol=PROTOCOL, fingerprint="tree", clips=40, n_boot=20, looked_at=None, **params):
     "A run folder as training writes it; runs of the same `weights` have the same predictions and history."
     folder, table = outputs/experiment/run, predictions(weights, clips)
     scores = score_cvs(table, n_boot)
     save(folder/"params.json", dict(experiment=experiment, run=run, params=params, data=dict(demo=demo, fingerprint=fingerprint), code="abc"))
     save(folder/"history.csv", pd.DataFrame(dict(epoch=[1, 2], train_loss=[.7, .6 - weights/1000], val_map=[.3, scores["map"]["value"]])))
     save(folder/"predictions.parquet", table)
-    save(folder/"metrics.json", dict(experiment=experiment, run=run, data="demo" if demo else "real", protocol=protocol, **scores,
+    save(folder/"metrics.json", dict(experiment=experiment, run=run, data="demo" if demo else "real", protocol=protocol, input=looked_at or {}, **scores,
                                      best_epoch=2, seconds=90., clips_per_second=10., peak_memory_gb=1.))
     return folder
 

@@ -145,14 +145,14 @@ def test_frame_encoder_that_stays_frozen_stops(project):
     stops(names, "frame encoder: asked trained; seen 0 of")
 
 def test_second_head_without_a_gradient_stops(project):
-    names = begun(project, HYBRID, arm="swincvs", auxiliary=.8, n_frames=5, clip_norm=5.)     # as published; the LSTM takes an odd number
+    names = begun(project, HYBRID, arm="swincvs", auxiliary=[.8], n_frames=5, clip_norm=5.)     # as published; the LSTM takes an odd number
     preflight(names["model"], names["datasets"]["train"], names["recipe"], names["run"])
     assert names["recipe"].clip_norm == 5
     dead = LossTerm(lambda outputs, batch: bce()(dict(logits=outputs["auxiliary"].detach()), batch), .8)
     stops(names, "loss auxiliary", recipe=replace(names["recipe"], losses=dict(auxiliary=dead)))
 
 def test_second_head_needs_a_token_a_frame(project):
-    with pytest.raises(ValueError, match="leave auxiliary out"): begun(project, HYBRID, auxiliary=.8)
+    with pytest.raises(ValueError, match="leave auxiliary out"): begun(project, HYBRID, auxiliary=[.8])
 
 def test_window_that_is_the_grid_stops(project):
     stops(begun(project, WINDOWS, window=[0, 0, 0], shift=False), "attention window: .*32 of 32 keys")

@@ -9,7 +9,7 @@ from cvslab import runner
 # what the page 10_lora does, without dropout and augmentation: their draws differ between processes
 TRAIN = '''
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from torch import nn
 from cvslab import endoscapes, models, runner, training
 from cvslab.core import Run, root
@@ -27,7 +27,7 @@ recipe = training.Recipe(losses=dict(cvs=LossTerm(bce(None))), lr=dict(lora=2e-3
 run.start(card)
 training.preflight(model, datasets["train"], recipe, run)
 training.fit(model, datasets["train"], datasets["val"], recipe, run)
-training.report(run, model, datasets, recipe, asdict(asked))
+training.report(run, model, datasets, recipe, asked)
 import torch.distributed as group
 print("processes", group.get_world_size() if group.is_initialized() else 1, group.is_initialized() and group.get_backend())
 '''

@@ -4,7 +4,7 @@ import builtins, json
 import pandas as pd
 from conftest import papermill, run_folders
 from pages import run_page
-from test_batch import PROTOCOL, write
+from test_batch import write
 
 from cvslab.core import save
 
@@ -20,13 +20,13 @@ def test_without_runs_it_says_what_is_missing(project):
 
 def test_with_runs_it_uses_the_controls_they_have(project, monkeypatch):
     monkeypatch.setattr(builtins, "display", lambda *shown: None, raising=False)
-    outputs, protocol = project/"outputs", PROTOCOL | dict(n_frames=16, step=1)
+    outputs, looked_at = project/"outputs", dict(n_frames=16, step=1)
     runs = {"02_baseline/plain": {}, "11_attention_supervision/a": {}, "11_attention_supervision/a/control": {}, "15_window_attention/b": {}, "15_window_attention/b/control": {},
             "14_hybrid/h": dict(arm="hybrid"), "14_hybrid/s": dict(arm="swincvs"), "16_clean_labels/c": {}, "16_clean_labels/c/frozen": {}, "10_lora/r16": {}, "18_ideas/all": dict(targets=["q", "k"]), "18_ideas/videomae": dict(targets=["q", "v"])}
     for i, (folder, params) in enumerate(runs.items()):
         experiment, _, name = folder.rpartition("/")
         five = "16_clean" in folder
-        write(outputs, experiment, name, weights=1, protocol=protocol | (dict(n_frames=5, geometry="crop") if five else {}), seed=i, **params)
+        write(outputs, experiment, name, weights=1, looked_at=looked_at | (dict(n_frames=5, geometry="crop") if five else {}), seed=i, **params)
     layers = dict(layer=[0, 1], lo=-.1, hi=.1)
     save(outputs/"11_attention_supervision/a/mass.csv", pd.DataFrame(dict(layers, what="difference", value=[0., .05])))
     save(outputs/"15_window_attention/b/reach.csv", pd.DataFrame(dict(layer=[0, 1], keys=[16, 64], mean=[9., 40.], mean_control=[40., 40.])))

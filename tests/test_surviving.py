@@ -1,6 +1,6 @@
 "A run outlives notices, damaged checkpoints and machines; what it tells a tracker is its history."
 import signal
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -34,7 +34,7 @@ def train(project, name, monkeypatch, until=EPOCHS, **recipe):
         if until < EPOCHS: m.setattr(training._Live, "show", show)
         try: history = training.fit(model, datasets["train"], datasets["val"], recipe, run)
         except Taken: return run, None
-    training.report(run, model, datasets, recipe, asdict(asked))
+    training.report(run, model, datasets, recipe, asked)
     return run, history
 
 @pytest.fixture
