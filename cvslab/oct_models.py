@@ -239,7 +239,7 @@ def _distance(a: dict, b: dict) -> float:
 def _number(content: dict, key: str, warnings: list):
     "The number `content[key]`, or None, with a warning where something else stands there."
     value = content.get(key)
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and np.size(value) == 1: value = value.item()
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1: value = value.item()
     if value is None or isinstance(value, (int, float)) and not isinstance(value, bool): return value
     warnings.append(f"its {key} is no number: {' '.join(str(_plain(value)).split())[:80]}")
 
