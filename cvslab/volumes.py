@@ -59,10 +59,10 @@ def _table(store: Store, key: str, needed: set) -> tuple[pd.DataFrame, str]:
     return table.rename(columns={names[0]: "participant"}), names[0]
 
 def read_participants(store: Store) -> pd.DataFrame:
-    """`participants.tsv`, a row a participant: `participant, site, label` (index into `CLASSES`), `age` (years, 89 for `89+`; NaN only where
-    there is no OCT), `visit, split, has_oct`.
+    """`participants.tsv`, a row a participant: `participant, site, label` (index into `CLASSES`), `age` (years, 89 for
+    `89+`; NaN only where there is no OCT), `visit, split, has_oct`.
 
-    `ValueError` on a participant in two splits or twice, and on an unknown split, group, site, flag, age or range of numbers."""
+    `ValueError` on a participant in two splits or twice, and on an unknown split, group, site, flag, age or number."""
     name = "participants.tsv"
     table, _ = _table(store, name, {"study_group", "recommended_split", "age"})
     table["split"] = words(table, "recommended_split", name, _SPLITS)
@@ -101,14 +101,17 @@ _NAME = re.compile(r"^[^_]+_[^_]+_(?P<protocol>.+?)(?:_oct)?_(?P<eye>[lr])_[^_]+
 _MANIFEST = {"anatomic_region", "laterality", "height", "width", "number_of_frames", "pixel_spacing", "slice_thickness", "sop_instance_uid",
              "filepath"}
 _DEVICES = dict(heidelberg_spectralis=("Spectralis", "Heidelberg Engineering Spectralis"),
-                topcon_maestro2=("Maestro2", "Maestro 2", "Topcon Maestro 2", "3D OCT-1 Maestro2", "Topcon 3D OCT-1 Maestro2"),
+                topcon_maestro2=("Maestro2", "Maestro 2", "Topcon Maestro 2", "3D OCT-1 Maestro2",
+                                 "Topcon 3D OCT-1 Maestro2"),
                 topcon_triton=("Triton", "DRI OCT Triton", "Topcon DRI OCT Triton"),
                 zeiss_cirrus=("Cirrus", "Cirrus HD-OCT", "Zeiss Cirrus HD-OCT", "Carl Zeiss Meditec Cirrus"))
-_MAKERS = dict(heidelberg=("Heidelberg Engineering", "Heidelberg Engineering GmbH"), topcon=("Topcon Corporation", "Topcon Healthcare"),
-               zeiss=("Carl Zeiss", "Zeiss Meditec", "Carl Zeiss Meditec", "Carl Zeiss Meditec Inc", "Carl Zeiss Meditec AG"))
-_EYES = {"R": ("OD", "RE", "right", "right eye", "oculus dexter"), "L": ("OS", "LE", "left", "left eye", "oculus sinister"),
-         "": ("unknown laterality", *MISSING)}
-_REGIONS = {"Macula": ("macular", "mac"), "Optic Disc": ("disc", "disk", "optic disk", "ONH", "optic nerve head", "optic nerve"),
+_MAKERS = dict(heidelberg=("Heidelberg Engineering", "Heidelberg Engineering GmbH"),
+               topcon=("Topcon Corporation", "Topcon Healthcare"),
+               zeiss=("Carl Zeiss", "Carl Zeiss Meditec", "Carl Zeiss Meditec Inc", "Carl Zeiss Meditec AG"))
+_EYES = {"R": ("OD", "RE", "right", "right eye", "oculus dexter"),
+         "L": ("OS", "LE", "left", "left eye", "oculus sinister"), "": ("unknown laterality", *MISSING)}
+_REGIONS = {"Macula": ("macular", "mac"),
+            "Optic Disc": ("disc", "disk", "optic disk", "ONH", "optic nerve head", "optic nerve"),
             "Wide Field": ("wide", "widefield")}
 _IMAGING = dict(OCT=("optical coherence tomography", "structural OCT"))
 _SIZE = re.compile(r"[,\s_-]*(\d+)\s*[x×]\s*(\d+)\s*(?:mm)?$", re.IGNORECASE)
@@ -118,7 +121,8 @@ def _regions(table: pd.DataFrame, name: str) -> pd.Series:
     "`anatomic_region` as one of `_REGIONS`, with the size of the field behind where there is one: `Macula, 6 x 6`."
     text = table["anatomic_region"]
     size = text.str.extract(_SIZE)
-    head = words(table.assign(anatomic_region=text.str.replace(_SIZE, "", regex=True)), "anatomic_region", name, _REGIONS)
+    place = table.assign(anatomic_region=text.str.replace(_SIZE, "", regex=True))
+    head = words(place, "anatomic_region", name, _REGIONS)
     return head.where(size[0].isna(), head + ", " + size[0].fillna("") + " x " + size[1].fillna(""))
 
 def _devices(table: pd.DataFrame, folder: pd.Series, name: str) -> pd.Series:
@@ -134,16 +138,18 @@ def _devices(table: pd.DataFrame, folder: pd.Series, name: str) -> pd.Series:
     return device
 
 def read_manifest(store: Store) -> pd.DataFrame:
-    """`retinal_oct/manifest.tsv`, a row a volume: `participant, device, protocol, region, eye` (R, L, or empty where unknown), `rows, cols,
-    frames` (NaN where not reported), `axial_mm, lateral_mm, slice_mm` (NaN where not reported or no plain number), `uid, key, radial`;
-    `attrs["version"]` is the schema. `ValueError` on an unknown word or number, and on a path that is built otherwise."""
+    """`retinal_oct/manifest.tsv`, a row a volume: `participant, device, protocol, region, eye` (R, L, or empty where
+    unknown), `rows, cols, frames`, `axial_mm, lateral_mm, slice_mm` (NaN where they are not reported or no plain
+    number), `uid, key, radial`; `attrs["version"]` is the schema. `ValueError` on an unknown word or number, and
+    on a path that is built otherwise."""
     name = "retinal_oct/manifest.tsv"
     table, ids = _table(store, name, _MANIFEST)
     path = table["filepath"].str.replace("\\", "/", regex=False).str.replace(r"^\.?/", "", regex=True)
     parts = path.str.extract(_PLACE)
     odd = table.loc[parts["device"].isna() | (parts["folder"] != table["participant"]), "filepath"]
     if len(odd):
-        raise ValueError(f"{len(odd)} paths of the manifest do not follow {FOLDER}/<device>/<participant>/..., first {odd.iloc[0]!r}")
+        raise ValueError(f"{len(odd)} paths of the manifest do not follow {FOLDER}/<device>/<participant>/..., first "
+                         f"{odd.iloc[0]!r}")
     if "imaging" in table:
         words(table, "imaging", name, _IMAGING)
     named = parts["name"].str.extract(_NAME).fillna(dict(protocol="other", eye=""))
@@ -151,10 +157,12 @@ def read_manifest(store: Store) -> pd.DataFrame:
     size = {n: numbers(table, c, name, missing=True, whole=True, low=1)
             for n, c in dict(rows="height", cols="width", frames="number_of_frames").items()}
     pair = table["pixel_spacing"].str.extract(rf"^\[?\s*{_DECIMAL}\s*[,;\\]\s*{_DECIMAL}\s*\]?$").astype(float)
+    thick = table["slice_thickness"].str.extract(rf"^{_DECIMAL}$")[0].astype(float)
     out = pd.DataFrame(dict(
-        participant=table["participant"], device=_devices(table, parts["device"], name), protocol=named["protocol"].str.lower(),
-        region=_regions(table, name), eye=eye.where(eye != "", named["eye"].str.upper()), **size, axial_mm=pair[0], lateral_mm=pair[1],
-        slice_mm=table["slice_thickness"].str.extract(rf"^{_DECIMAL}$")[0].astype(float), uid=table["sop_instance_uid"], key=path))
+        participant=table["participant"], device=_devices(table, parts["device"], name),
+        protocol=named["protocol"].str.lower(), region=_regions(table, name),
+        eye=eye.where(eye != "", named["eye"].str.upper()), **size, axial_mm=pair[0], lateral_mm=pair[1],
+        slice_mm=thick, uid=table["sop_instance_uid"], key=path))
     out["radial"] = out["protocol"].str.contains(r"(?:^|_)rc(?:_|$)")
     out.attrs["version"] = "v3" if ids == "person_id" else "v2" if (out["device"] == "zeiss_cirrus").any() else "v1"
     return out
@@ -313,7 +321,8 @@ def _header(ds, keyword: str):
     try:
         value = ds.get(keyword)
     except Exception as e:                                           # pydicom reads a value when it is asked for it
-        raise VolumeError(f"the header's {keyword} cannot be read: export the file again (the reader said: {_said(e)})") from None
+        raise VolumeError(f"the header's {keyword} cannot be read: export the file again (the reader said: "
+                          f"{_said(e)})") from None
     return None if isinstance(value, str) and not value.strip() else value
 
 def _whole(ds, keyword: str, default: int = None) -> int:
@@ -327,19 +336,21 @@ def _whole(ds, keyword: str, default: int = None) -> int:
     return int(str(value))
 
 def _groups(ds, keyword: str, count: int) -> list:
-    "The item that the functional groups of each frame hold under `keyword`: the frame's own, else the shared one, else None."
+    "The item that each frame's functional groups hold under `keyword`: its own, else the shared one, else None."
     def items(groups):
         found = [g.get(keyword) for g in _header(ds, groups) or []]
         return [item[0] if item else None for item in found]
     try:
         own, shared = items("PerFrameFunctionalGroupsSequence"), items("SharedFunctionalGroupsSequence")
     except (AttributeError, TypeError):
-        raise VolumeError(f"the header's functional groups with {keyword} cannot be read: export the file again") from None
+        raise VolumeError(f"the header's functional groups with {keyword} cannot be read: export the file "
+                          "again") from None
     common = next((item for item in shared if item is not None), None)
     if not any(item is not None for item in own):
         return [common] * count
     if len(own) != count:
-        raise VolumeError(f"the header counts {count} frames, but describes {len(own)} ({keyword}): export the file again")
+        raise VolumeError(f"the header counts {count} frames, but describes {len(own)} ({keyword}): export the file "
+                          "again")
     return [common if item is None else item for item in own]
 
 def _floats(item, keyword: str) -> np.ndarray:
@@ -351,7 +362,7 @@ def _floats(item, keyword: str) -> np.ndarray:
     return found if np.isfinite(found).all() else np.empty(0)
 
 def _dicom_spacing(ds, count: int) -> tuple[float, float, float]:
-    "Millimetres between slices, rows and columns. Nothing is computed from them: NaN where the header does not say, or says it oddly."
+    "Millimetres between slices, rows and columns, NaN where the header does not say them plainly; nothing needs them."
     try:
         measures = _groups(ds, "PixelMeasuresSequence", count)[0] or ds
     except VolumeError:
@@ -363,7 +374,8 @@ def _dicom_spacing(ds, count: int) -> tuple[float, float, float]:
 def _rescale(ds, count: int) -> np.ndarray | None:
     "(count, 2) slope and intercept of each frame, None where the stored numbers are the intensities."
     if _header(ds, "ModalityLUTSequence"):
-        raise VolumeError("its intensities go through a table (Modality LUT), which is not read: export it with slope and intercept")
+        raise VolumeError("its intensities go through a table (Modality LUT), which is not read: export it with slope "
+                          "and intercept")
     pairs = []
     for i, item in enumerate(_groups(ds, "PixelValueTransformationSequence", count), 1):
         item = ds if item is None else item
@@ -371,20 +383,22 @@ def _rescale(ds, count: int) -> np.ndarray | None:
         pair = [_floats(item, k) for k in ("RescaleSlope", "RescaleIntercept")]
         if given and (any(len(n) != 1 for n in pair) or pair[0][0] == 0):
             said = ", ".join(f"{k} {_header(item, k)!r}" for k in given)
-            raise VolumeError(f"frame {i} is scaled by {said}: a slope other than 0 and an intercept are needed; export the file again")
+            raise VolumeError(f"frame {i} is scaled by {said}: a slope other than 0 and an intercept are needed; "
+                              "export the file again")
         pairs.append([n[0] for n in pair] if given else None)
     if not any(pairs):
         return None
     if not all(pairs):
-        raise VolumeError(f"{sum(p is not None for p in pairs)} of {count} frames have a rescale slope: all or none must; export the file again")
+        raise VolumeError(f"{sum(p is not None for p in pairs)} of {count} frames have a rescale slope: all or none "
+                          "must; export the file again")
     return np.array(pairs, np.float32)
 
 # %% ../nbs/lib/04_volumes.ipynb #b4d07a14
 _PARALLEL = np.cos(np.radians(10))
 
 def _places(ds, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the middle of each frame lies and which way its line runs, NaN where the header does not say: (row, column) on the reference
-    image by Ophthalmic Frame Location, else (x, y, z) of the corner by Plane Position."""
+    """Where the middle of each frame lies and which way its line runs, NaN where the header does not say: (row, column)
+    on the reference image by Ophthalmic Frame Location, else (x, y, z) of the corner by Plane Position."""
     lines = [_floats(p, "ReferenceCoordinates") for p in _groups(ds, "OphthalmicFrameLocationSequence", count)]
     lines = [n.reshape(-1, 2) if len(n) > 3 and len(n) % 2 == 0 else np.full((2, 2), np.nan) for n in lines]
     middle, way = np.array([n.mean(0) for n in lines]), np.array([n[-1] - n[0] for n in lines])
@@ -394,8 +408,9 @@ def _places(ds, count: int) -> tuple[np.ndarray, np.ndarray]:
     return middle, way
 
 def _order(ds, count: int) -> tuple[np.ndarray | None, bool]:
-    """The order of the frames from above (or from the left) where they are stored in no order, else None, and whether they run upward on the
-    reference image. Radial scans and circles do not lie side by side: they stay as stored, and so do frames that do not say where they lie."""
+    """The order of the frames from above (or from the left) where they are stored in no order, else None, and whether
+    they run upward on the reference image. Radial scans and circles do not lie side by side: they stay as stored, and so
+    do frames that do not say where they lie."""
     middle, way = _places(ds, count)
     known = ~np.isnan(middle).any(1)
     if known.sum() < 2:
@@ -414,18 +429,20 @@ def _order(ds, count: int) -> tuple[np.ndarray | None, bool]:
     if (steps >= 0).all() or (steps <= 0).all():
         return None, bool(downward and at[0] > at[-1])
     if not known.all():
-        raise VolumeError(f"its frames are not in order, and {(~known).sum()} of {count} do not say where they lie: export the file again")
+        raise VolumeError(f"its frames are not in order, and {(~known).sum()} of {count} do not say where they lie: "
+                          "export the file again")
     twins = [np.flatnonzero(at == v) + 1 for v in at if (at == v).sum() > 1]
     if twins:
-        raise VolumeError(f"its frames are not in order, and frames {twins[0].tolist()} lie at the same place: choose another volume")
+        raise VolumeError(f"its frames are not in order, and frames {twins[0].tolist()} lie at the same place: choose "
+                          "another volume")
     return np.argsort(at), False
 
 # %% ../nbs/lib/04_volumes.ipynb #b4d07a16
-_IMAGE_STARTS = (b"\xff\xd8", b"\xff\x4f", b"\x00\x00\x00\x0c")       # JPEG and JPEG-LS, JPEG 2000, JPEG 2000 in a JP2 box
-_SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}              # the markers of JPEG and JPEG-LS behind which the size stands
+_IMAGE_STARTS = (b"\xff\xd8", b"\xff\x4f", b"\x00\x00\x00\x0c")    # JPEG and JPEG-LS; JPEG 2000, bare and in a JP2 box
+_SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}           # markers of JPEG and JPEG-LS that precede the size
 
 def _coded_size(code: bytes) -> tuple[int, int] | None:
-    "Rows and columns of a compressed frame by its own header (JPEG, JPEG-LS: SOF; JPEG 2000: SIZ); None where it has none."
+    "Rows and columns of a compressed frame by its own header (JPEG, JPEG-LS: SOF; JPEG 2000: SIZ); None without one."
     if (at := code[:4096].find(b"\xff\x4f\xff\x51")) >= 0 and len(code) >= at + 24:
         right, bottom, left, top = struct.unpack(">4I", code[at+8:at+24])
         return bottom - top, right - left
@@ -454,59 +471,72 @@ def _check_compressed(ds, shape: tuple[int, int, int], uid: UID):
         table = parse_basic_offsets(data)
         pieces, offsets = parse_fragments(data)
     except Exception as e:
-        raise VolumeError(f"its pixel data end early or are damaged: fetch the file again (the reader said: {_said(e)})") from None
+        raise VolumeError("its pixel data end early or are damaged: fetch the file again (the reader said: "
+                          f"{_said(e)})") from None
     heads = [ds.PixelData[o+8:o+12] for o in offsets]
     segments = [int.from_bytes(h, "little") for h in heads]          # RLE: how many follow, 1 to 15
-    starts = sum(0 < n < 16 for n in segments) if uid == RLELossless else sum(h.startswith(_IMAGE_STARTS) for h in heads)
+    begins = [0 < n < 16 for n in segments] if uid == RLELossless else [h.startswith(_IMAGE_STARTS) for h in heads]
+    starts = sum(begins)
     if not starts:
-        raise VolumeError(f"its pixel data are not {uid.name}, as the header says: if a device scrambled them, export standard DICOM")
+        raise VolumeError(f"its pixel data are not {uid.name}, as the header says: if a device scrambled them, export "
+                          "standard DICOM")
     there = len(table) or starts
     if count not in (there, pieces):
-        raise VolumeError(f"the header says {count} frames, the pixel data hold {there}: fetch or export the file again")
+        raise VolumeError(f"the header says {count} frames, the pixel data hold {there}: fetch or export the file "
+                          "again")
     frame = get_frame(ds.PixelData, 0, number_of_frames=count)
     if uid == RLELossless:
         there = _rle_length(frame) if len(frame) > 64 else 0
-        if not 0 <= there - size[0] * size[1] <= 1:                  # a segment of odd length is filled up by one
-            raise VolumeError(f"the header says {_size(shape)}, {size[0] * size[1]:,} in a frame, the pixel data hold {there:,}: the file is "
-                              "damaged, fetch or export it again")
+        each = size[0] * size[1]
+        if not 0 <= there - each <= 1:                               # a segment of odd length is filled up by one
+            raise VolumeError(f"the header says {_size(shape)}, {each:,} in a frame, the pixel data hold {there:,}: "
+                              "the file is damaged, fetch or export it again")
     elif (coded := _coded_size(frame)) not in (None, size):
-        raise VolumeError(f"the header says {_size(shape)}, the pixel data {_size((count, *coded))}: export the file again")
+        raise VolumeError(f"the header says {_size(shape)}, the pixel data {_size((count, *coded))}: export the file "
+                          "again")
 
 def _check_plain(ds, shape: tuple[int, int, int]):
-    "`VolumeError` where the uncompressed pixel data are shorter than the header says, or longer by more than a filling of zeros."
+    "`VolumeError` where uncompressed pixel data are shorter than the header says, or longer by more than some zeros."
     bits, data = _whole(ds, "BitsAllocated"), ds.PixelData
     each = shape[1] * shape[2] * bits / 8
     size = int(np.ceil(shape[0] * each))
     if len(data) < size or len(data) - size >= each or len(data) - size > 1 and any(data[size:]):
-        raise VolumeError(f"the header says {_size(shape)}, {size:,} bytes, the pixel data hold {len(data):,} bytes ({len(data) / each:.4g} such "
-                          "frames): the file is cut short, or its header is another volume's; fetch or export it again")
+        held = f"{len(data):,} bytes ({len(data) / each:.4g} such frames)"
+        raise VolumeError(f"the header says {_size(shape)}, {size:,} bytes, the pixel data hold {held}: the file is "
+                          "cut short, or its header is another volume's; fetch or export it again")
 
 def _size(shape) -> str:
     return "{} frames of {} x {} pixels".format(*map(int, shape))
 
 # %% ../nbs/lib/04_volumes.ipynb #0197fff5
 def _read_dicom(f) -> Volume:
-    "Frames in the order in which they lie in the eye, with their slope and intercept; header and pixel data must agree."
+    "Frames in the order in which they lie in the eye, with slope and intercept; header and pixel data must agree."
     try:
         ds = pydicom.dcmread(f)
     except InvalidDicomError:
-        raise VolumeError("no DICOM file: its mark, DICM after 128 bytes, is missing; fetch it again, or export it with a file header") from None
+        raise VolumeError("no DICOM file: its mark, DICM after 128 bytes, is missing; fetch it again, or export it "
+                          "with a file header") from None
     except Exception as e:
-        raise VolumeError(f"its header cannot be read: the file is damaged, fetch it again (the reader said: {_said(e)})") from None
+        raise VolumeError("its header cannot be read: the file is damaged, fetch it again (the reader said: "
+                          f"{_said(e)})") from None
     if "PixelData" not in ds:
-        raise VolumeError("the file holds no pixel data, or ends within them: it is no image or was cut short; fetch it again")
+        raise VolumeError("the file holds no pixel data, or ends within them: it is no image or was cut short; fetch "
+                          "it again")
     uid = UID(ds.file_meta.get("TransferSyntaxUID") or "")
     if not uid:
-        raise VolumeError("the header names no transfer syntax, so that its pixels cannot be told: export the file again")
+        raise VolumeError("the header names no transfer syntax, so that its pixels cannot be told: export the file "
+                          "again")
     try:
         d = get_decoder(uid)
     except NotImplementedError:
-        raise VolumeError(f"{uid.name} is no transfer syntax for pixels that can be read: convert it to {JPEG2000Lossless.name}") from None
+        raise VolumeError(f"{uid.name} is no transfer syntax for pixels that can be read: convert it to "
+                          f"{JPEG2000Lossless.name}") from None
     if not d.is_available:
         raise VolumeError(f"{uid.name} cannot be decoded here, install a decoder: {'; '.join(d.missing_dependencies)}")
     samples, colours = _whole(ds, "SamplesPerPixel"), _header(ds, "PhotometricInterpretation")
     if samples != 1 or colours != "MONOCHROME2":
-        raise VolumeError(f"{samples} samples a pixel of {colours}: one of MONOCHROME2 is needed; export the volume in grey")
+        raise VolumeError(f"{samples} samples a pixel of {colours}: one of MONOCHROME2 is needed; export the volume "
+                          "in grey")
     if _whole(ds, "InConcatenationTotalNumber", 1) > 1:
         part = f"part {_header(ds, 'InConcatenationNumber')} of {_header(ds, 'InConcatenationTotalNumber')}"
         raise VolumeError(f"it is {part} of a volume (a concatenation): join the parts, or export it as one file")
@@ -525,19 +555,22 @@ def _read_dicom(f) -> Volume:
         except Exception as e:                                       # decoders raise anything on a broken file
             raise VolumeError(f"its pixels cannot be decoded as {uid.name}: the file is damaged, fetch it again "
                               f"(the decoder said: {_said(e)})") from None
-    return Volume(shape, frames, _dicom_spacing(ds, shape[0]), upward, uid.name, None if rescale is None else rescale[place])
+    rescale = None if rescale is None else rescale[place]
+    return Volume(shape, frames, _dicom_spacing(ds, shape[0]), upward, uid.name, rescale)
 
 def _read_npy(f) -> Volume:
     "A numpy array (D, H, W), as it is."
     try:
         array = np.load(f, allow_pickle=False)
     except Exception as e:
-        raise VolumeError(f"no array that numpy saved, or a damaged one: save it again with numpy.save (numpy said: {_said(e)})") from None
+        raise VolumeError("no array that numpy saved, or a damaged one: save it again with numpy.save (numpy said: "
+                          f"{_said(e)})") from None
     return _from_array(array, Volume.spacing, "npy")
 
 def _from_array(array, spacing, kind: str) -> Volume:
     if getattr(array, "ndim", 0) != 3:
-        raise VolumeError(f"{getattr(array, 'ndim', 'no')} dimensions, {getattr(array, 'shape', ())}: a volume has 3, save it as D x H x W")
+        raise VolumeError(f"{getattr(array, 'ndim', 'no')} dimensions, {getattr(array, 'shape', ())}: a volume has 3, "
+                          "save it as D x H x W")
     if array.dtype.kind not in "biuf":
         raise VolumeError(f"its voxels are {array.dtype}, not one number each: save intensities")
     return Volume(array.shape, lambda indices: array[list(indices)], spacing, syntax=kind)
@@ -546,9 +579,9 @@ def _from_array(array, spacing, kind: str) -> Volume:
 _OBLIQUE = 10      # degrees
 
 def _read_nifti(f) -> Volume:
-    """NIfTI-1 or NIfTI-2, also gzipped, turned by its affine to nibabel's canonical axes: x becomes W, along the B-scan, y H, its depth, and z D,
-    B-scan by B-scan, all ascending. A file without an affine (both codes 0) is taken as stored, its axes in the order W, H, D. An affine
-    askew by more than 10 degrees is refused, and so is a fourth axis longer than 1."""
+    """NIfTI-1 or NIfTI-2, also gzipped, turned by its affine to nibabel's canonical axes (RAS): ascending x becomes W, along
+    the B-scan; y becomes H, its depth; z becomes D, B-scan by B-scan. Without an affine (both codes 0) it is taken as
+    stored, in the order W, H, D. Refused are axes askew by more than 10 degrees, and a fourth axis longer than 1."""
     data = f.read()
     try:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -557,7 +590,8 @@ def _read_nifti(f) -> Volume:
     sizes = [int.from_bytes(data[:4], order) for order in ("little", "big")]
     kind = nibabel.Nifti1Image if 348 in sizes else nibabel.Nifti2Image if 540 in sizes else None
     if kind is None:
-        raise VolumeError("no NIfTI file: it begins with neither 348 nor 540; fetch it again, or give it the ending of its format")
+        raise VolumeError("no NIfTI file: it begins with neither 348 nor 540; fetch it again, or give it the ending "
+                          "of its format")
     try:
         image = kind.from_bytes(data)
         coded = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
@@ -565,34 +599,39 @@ def _read_nifti(f) -> Volume:
     except Exception as e:
         raise VolumeError(f"its NIfTI header cannot be read: save the file again (nibabel said: {_said(e)})") from None
     if image.ndim < 3 or any(n > 1 for n in image.shape[3:]):
-        raise VolumeError(f"{image.ndim} dimensions, {image.shape}: a volume has 3, and further ones of length 1; save one volume")
+        raise VolumeError(f"{image.ndim} dimensions, {image.shape}: a volume has 3, and further ones of length 1; "
+                          "save one volume")
     axes = "as stored"
     if coded:
         image, axes = _canonical(image, affine)
     try:
         array = np.asarray(image.dataobj).reshape(image.shape[:3])
     except Exception as e:
-        raise VolumeError(f"its voxels end early or are damaged: fetch the file again (nibabel said: {_said(e)})") from None
+        raise VolumeError("its voxels end early or are damaged: fetch the file again (nibabel said: "
+                          f"{_said(e)})") from None
     sizes = voxel_sizes(image.affine) * dict(meter=1000, micron=0.001).get(image.header.get_xyzt_units()[0], 1)
     return _from_array(array.T, tuple(map(float, sizes[::-1])), f"nifti, {axes}")
 
 def _canonical(image, affine) -> tuple:
     "The image with its axes along x, y and z, and what was done."
     if not (np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3):
-        raise VolumeError("its affine has no three directions: save the file with a true affine, or with none (both codes 0)")
+        raise VolumeError("its affine has no three directions: save the file with a true affine, or with none (both "
+                          "codes 0)")
     askew = np.degrees(obliquity(affine).max())
     if askew > _OBLIQUE:
-        raise VolumeError(f"its axes lie askew by {askew:.0f} degrees, more than {_OBLIQUE}: resample it along its B-scans")
+        raise VolumeError(f"its axes lie askew by {askew:.0f} degrees, more than {_OBLIQUE}: resample it along its "
+                          "B-scans")
     codes = "".join(nibabel.aff2axcodes(affine))
     try:
         return nibabel.as_closest_canonical(image), codes if codes == "RAS" else f"{codes} turned to RAS"
     except Exception as e:
-        raise VolumeError(f"its voxels end early or are damaged: fetch the file again (nibabel said: {_said(e)})") from None
+        raise VolumeError("its voxels end early or are damaged: fetch the file again (nibabel said: "
+                          f"{_said(e)})") from None
 
 _READERS = {".dcm": _read_dicom, ".nii": _read_nifti, ".nii.gz": _read_nifti, ".npy": _read_npy}
 
 def read_volume(f, name: str) -> Volume:
-    "An open binary file called `name` (.dcm, .nii, .nii.gz, .npy, in capitals too) as a `Volume`; `VolumeError` says what is wrong with it."
+    "An open binary file called `name` (.dcm, .nii, .nii.gz, .npy, also in capitals) as a `Volume`, or a `VolumeError`."
     for ending, reader in _READERS.items():
         if name.lower().endswith(ending):
             return reader(f)
@@ -629,11 +668,15 @@ class Preprocess:
 
     def resize(self, volume: Volume) -> torch.Tensor:
         "The checked volume at its new size, in its own units: (D, H, W)."
-        if min(volume.shape) < TINY: raise VolumeError(f"tiny: {'x'.join(map(str, volume.shape))} voxels, {TINY} each way are needed: choose another volume")
+        if min(volume.shape) < TINY:
+            raise VolumeError(f"tiny: {'x'.join(map(str, volume.shape))} voxels, {TINY} each way are needed: choose "
+                              "another volume")
         x = self._trilinear(volume)
-        if not torch.isfinite(x).all(): raise VolumeError(f"{(~torch.isfinite(x)).sum()} voxels are NaN or infinite: save it with numbers only")
+        if not torch.isfinite(x).all():
+            raise VolumeError(f"{(~torch.isfinite(x)).sum()} voxels are NaN or infinite: save it with numbers only")
         flat = (x.amax((1, 2)) - x.amin((1, 2)) <= 1e-6 * x.abs().max()).sum()
-        if flat > len(x) / 2: raise VolumeError(f"constant: {flat} of {len(x)} B-scans have a single value: choose another volume")
+        if flat > len(x) / 2:
+            raise VolumeError(f"constant: {flat} of {len(x)} B-scans have a single value: choose another volume")
         return x.flip(0) if volume.upward and self.orientation == "standard" else x
 
     def scale(self, x: torch.Tensor, voxels: int) -> torch.Tensor:
@@ -665,7 +708,7 @@ RECORDED_PREPROCESS = Preprocess(intensity="recorded", orientation="stored")
 
 # %% ../nbs/lib/04_volumes.ipynb #68f179ca
 def cache_name(row) -> str:
-    "What names all that is kept of a cohort's row: another name where its file changed, or what the manifest says of it."
+    "The name of what is kept of a cohort's row: another one where its file changed, or what the manifest says of it."
     return digest([row.key, row.etag, [str(getattr(row, c, "")) for c in ("frames", "rows", "cols")]], 16)
 
 def _agree(row, shape: tuple[int, int, int]):
@@ -673,8 +716,8 @@ def _agree(row, shape: tuple[int, int, int]):
     said = [getattr(row, c, None) for c in ("frames", "rows", "cols")]
     if any(pd.notna(a) and a != b for a, b in zip(said, shape)):
         sizes = ["?" if pd.isna(a) else int(a) for a in said]
-        raise VolumeError(f"the manifest says {sizes[0]} frames of {sizes[1]} x {sizes[2]} pixels, the file {_size(shape)}: correct the one "
-                          "that is wrong")
+        manifest = f"{sizes[0]} frames of {sizes[1]} x {sizes[2]} pixels"
+        raise VolumeError(f"the manifest says {manifest}, the file {_size(shape)}: correct the one that is wrong")
 
 def _prepare(store: Store, row, preprocess: Preprocess, keep: bool) -> tuple[torch.Tensor, dict]:
     "The tensor of one row of a cohort and its `info`; from the cache where it is there."
@@ -702,7 +745,8 @@ def _prepare(store: Store, row, preprocess: Preprocess, keep: bool) -> tuple[tor
     except VolumeError as e:
         raise VolumeError(f"{row.key}: {e}") from None
     except Exception as e:                                           # what no check above foresaw
-        raise VolumeError(f"{row.key}: it cannot be read: the file may be damaged, fetch it again (the reader said: {_said(e)})") from e
+        raise VolumeError(f"{row.key}: it cannot be read: the file may be damaged, fetch it again (the reader said: "
+                          f"{_said(e)})") from e
     info = dict(zip(("depth", "height", "width"), volume.shape), syntax=volume.syntax, mean=float(raw.mean()), std=float(raw.std()),
                 low=float(raw.min()), high=float(raw.max()), digest=digest(x.half().numpy().tobytes(), 16))
     if keep: atomic(path, lambda tmp: torch.save(dict(x=x.half(), info=info), tmp))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from cvslab.core import Ledger
 from cvslab.demo import draw_oct
 from cvslab.storage import Store
-from cvslab.volumes import (FOLDER, RECORDED_CHOICE, RECORDED_PREPROCESS, Choice, CohortError, Preprocess, Volume, VolumeError, VolumeSet, read_cohort,
+from cvslab.volumes import (FOLDER, RECORDED_CHOICE, RECORDED_PREPROCESS, Choice, CohortError, Preprocess, Volume, VolumeSet, read_cohort,
                             read_volume, stream)
 
 PREP = Preprocess((16, 64, 64))

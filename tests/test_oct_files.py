@@ -16,7 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8B
 from cvslab import volumes
 from cvslab.core import Ledger
 from cvslab.storage import Store
-from cvslab.volumes import Preprocess, VolumeError, read_volume, stream
+from cvslab.volumes import Preprocess, read_volume, stream
 
 D, H, W = 14, 44, 40
 PREP = Preprocess((16, 24, 24))
