@@ -1,6 +1,7 @@
-"A run that diverges says so in the epoch in which it happens, leaves no checkpoint of it, and never goes on from one."
-import re
+"A run that diverges says so in the epoch in which it happens, leaves no checkpoint of it, and never goes on from one; a full disk leaves no half of one."
+import errno, re, shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,3 +157,35 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_epoch", watched)
     train(model, recipe, run)
     assert looks == ["tolist"]                             # the one look, at the end of the epoch
+
+# ---- a full disk
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 192 vs 89"), OSError(errno.ENOSPC, "No space left on device"),
+                                   RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"), OSError(errno.EDQUOT, "Disk quota exceeded")], ids=repr)
+def test_a_checkpoint_that_does_not_fit_is_said_and_the_one_before_it_stays(tmp_path, monkeypatch, error):
+    model, recipe, run = start(tmp_path/"run")
+    save, calls = torch.save, []
+    def full(state, path):
+        calls.append(path)
+        save(state, path)
+        if len(calls) == 2:
+            path.write_bytes(path.read_bytes()[:100])
+            raise error
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"the disk of checkpoint is full: epoch_0002.pt needs \d+ \w+, .* are free. Make room"): train(model, recipe, run)
+    assert kept(run) == ["epoch_0001.pt"]
+    assert train(Frames(), recipe, run)["epoch"].tolist() == [1, 2, 3]
+
+def test_the_disk_that_is_asked_is_that_of_the_run(tmp_path, monkeypatch):
+    parts = start(tmp_path/"run")
+    def disk(**free): monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free["run" if "/run" in str(path) else "else_"]))
+    disk(run=100, else_=10**12)
+    for refused in (lambda: train(*parts), lambda: training.estimate(parts[0], dict(train=Toy(24, 0), val=Toy(12, 1)), *parts[1:])):
+        with pytest.raises(OSError, match="checkpoints need 1 kB, and 0 kB are free on the disk of run: make room there"): refused()
+    assert not kept(parts[2])
+    disk(run=10**9, else_=0)
+    train(*parts)
+    disk(run=0, else_=0)                                   # what its own checkpoints hold is room for the next ones
+    (parts[2].dir/"checkpoint/epoch_0002.pt").write_bytes(bytes(10**6))
+    assert training._room(*parts[::2])[1] >= 10**6

@@ -126,6 +126,32 @@ def test_all_that_is_wrong_is_told_at_once(small):
         assert said in out, out
     assert "90a" not in out
 
+def test_a_page_looks_into_the_files_that_papermill_read(small):
+    write(small, "90a.yaml", epochs=2)
+    (small/"params/90b.yaml").write_text("epochs: 2\nepochs: 64\n")
+    (small/"params/90c.yaml").write_text("seed: 010\n")
+    def page(*args):
+        cmd = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/90_tiny.ipynb", "page.ipynb", *args]
+        job = subprocess.run(cmd, cwd=small, capture_output=True, text=True)
+        return job.returncode, runner.why(job.returncode, small, job.stdout + job.stderr)[0] + job.stderr
+    assert page("-f", "params/90a.yaml", "-r", "name", "007")[0] == 0 and (small/"outputs/90_tiny/007").is_dir()
+    code, said = page("-f", "params/90a.yaml", "-f", "params/90b.yaml", "--parameters_file", str(small/"params/90c.yaml"), "-p", "name", "007")
+    assert code == 1 and len(list((small/"outputs/90_tiny").iterdir())) == 1
+    for words in ("params/90b.yaml: `epochs` stands twice, in lines 1 and 2", "90c.yaml: 010 in line 1 is the number 8 to YAML", "Pass `-r name 007`"): assert words in said, said
+
+def test_a_full_disk_of_the_log_ends_no_study(small, monkeypatch):
+    job, = runner.plan([write(small, "90a.yaml")])
+    attempt = runner.Attempt.__new__(runner.Attempt)
+    attempt.job, attempt.rows = job, [dict.fromkeys(runner.ATTEMPTS) | dict(epochs_after=0)]
+    job.dir.mkdir(parents=True)
+    (job.dir/"history.csv").write_text("epoch\n1\n")
+    def full(*_): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(runner, "save", full)
+        assert attempt.look() and attempt.rows[0]["epochs_after"] == 1
+    attempt._write()
+    assert log(small, "90a-s0")["epochs_after"].tolist() == [1]
+
 def test_a_machine_file_and_seeds_go_on_top(small):
     write(small, "90a.yaml", epochs=2, seed=7)
     (small/"params/machines").mkdir()
