@@ -32,6 +32,7 @@ from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2DropPath
 from transformers.utils import logging
 
 from .attention import mask_tokens, set_attention, token_mask
+from .checkpoints import is_checkpoint, load_checkpoint, read_checkpoint
 from .core import Proof, digest, root, seed_all
 from .demo import DEMO_BACKBONE
 from .vjepa import VJEPA21Model, VJEPA2EncoderModel, cache_rotary
@@ -63,6 +64,10 @@ def _find(name: str) -> str:
             f"`hf download {name} --include config.json '*.safetensors*' --local-dir weights/{name.split('/')[-1]}`, copy that folder "
             f"into the project, and pass `-p backbone weights/{name.split('/')[-1]}`") from None
 
+def _config(name: str):
+    "The configuration of the backbone `name`: of a folder or hub id by transformers, of a `.pt` file from its tensors."
+    return read_checkpoint(root()/name).config if is_checkpoint(name) else AutoConfig.from_pretrained(_find(name))
+
 def _load(name, classes, prefix, **changes):
     "The model `prefix` of the file `name`, of one of `classes`, every tensor accounted for; `changes` are of its configuration."
     place = _find(name)
@@ -89,13 +94,15 @@ def compile_layers(backbone: nn.Module) -> Callable:
             for m in layers: vars(m).pop("forward", None)
     return fast
 
-def load_backbone(name: str, size: int = None, depth: int = None, drop_path: float = 0.) -> VJEPA2Model:
-    """V-JEPA 2 video encoder (arXiv 2506.09985) from `"demo"`, a local transformers folder or a hub id, in fp32 and evaluation mode.
+def load_backbone(name: str, size: int = None, depth: int = None, drop_path: float = 0., heads: int = None) -> VJEPA2Model:
+    """V-JEPA 2 video or 2.1 encoder (arXiv 2506.09985) from `"demo"`, a local transformers folder, a hub id or a `.pt` file of Meta's layout, in fp32 and evaluation mode.
 
     `(B, T, 3, H, W)` normalised pixels -> `get_vision_features` -> `(B, T/2 * H/16 * W/16, D)` tokens ordered by time, row, column.
     `size` reads frames of other sizes (rotary positions go on), `depth` keeps the first layers, `drop_path` skips layers at random in
-    training (arXiv 1603.09382). Raises `FileNotFoundError` where there is nothing to load and `ValueError` unless every tensor of the file matches."""
-    model = _load(name, _VIDEO, "vjepa2", **(dict(crop_size=size) if size else {}), **(dict(drop_path_rate=drop_path) if drop_path else {}))
+    training (arXiv 1603.09382), `heads` is for a `.pt` file of no released size (`checkpoints`). Raises `FileNotFoundError` where there is nothing to load and `ValueError` unless every tensor of the file matches."""
+    if heads and not is_checkpoint(name): raise ValueError(f"backbone {name!r} has a config.json, which tells its heads: leave heads out")
+    changes = {k: v for k, v in dict(crop_size=size, drop_path_rate=drop_path).items() if v}
+    model = load_checkpoint(root()/name, heads=heads, **changes) if is_checkpoint(name) else _load(name, _VIDEO, "vjepa2", **changes)
     layers, patch = len(model.encoder.layer), model.config.patch_size
     if size and size % patch: raise ValueError(f"frames of {size} pixels do not fill patches of {patch}: choose a multiple")
     if depth:
@@ -109,14 +116,14 @@ def load_frames(frames: str | dict) -> Swinv2Model:
 
 def input_size(backbone: str | dict) -> int:
     "Pixels a side that a backbone was made for; `backbone` as `build_model` takes it."
-    if isinstance(backbone, str): return AutoConfig.from_pretrained(_find(backbone)).crop_size
+    if isinstance(backbone, str): return _config(backbone).crop_size
     if backbone["kind"] == "window_vit": return backbone.get("size", 256)
     frames = backbone.get("frames", backbone.get("model"))
-    return frames.get("image_size", 224) if isinstance(frames, dict) else AutoConfig.from_pretrained(_find(frames)).image_size
+    return frames.get("image_size", 224) if isinstance(frames, dict) else _config(frames).image_size
 
 def depth_of(backbone: str | dict) -> int:
     "Layers of a backbone; `backbone` as `build_model` takes it, with a folder or a hub id."
-    return AutoConfig.from_pretrained(_find(backbone if isinstance(backbone, str) else backbone.get("frames", backbone.get("model")))).num_hidden_layers
+    return _config(backbone if isinstance(backbone, str) else backbone.get("frames", backbone.get("model"))).num_hidden_layers
 
 # %% ../nbs/lib/08_models.ipynb #cb7d440f
 def fingerprint(model: nn.Module) -> str:
@@ -233,7 +240,7 @@ def count_lora(rank: int, targets, predictor: bool = False, config: VJEPA2Config
 def upper_layers(backbone: str, share: float) -> list[int]:
     "Numbers of the last `share` of the encoder layers of a backbone by name, rounded, at least one: a quarter of 24 are 18 to 23."
     if not 0 < share <= 1: raise ValueError(f"a share of {share} of the layers: choose more than 0 and at most 1")
-    depth = AutoConfig.from_pretrained(_find(backbone)).num_hidden_layers
+    depth = _config(backbone).num_hidden_layers
     return list(range(depth - max(1, round(share*depth)), depth))
 
 def projections_proof(backbone: VJEPA2Model, targets, slip: bool = False) -> Proof:

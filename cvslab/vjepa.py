@@ -7,8 +7,8 @@ __all__ = ['SIZES', 'LEVELS', 'rotate', 'RotaryAttention', 'ScaledRotaryAttentio
            'VJEPA2EncoderModel', 'VJEPA21Config', 'VJEPA21Embeddings', 'VJEPA21Encoder', 'VJEPA21Model',
            'score_against_position', 'shifted', 'moved_tokens']
 
-# %% ../nbs/lib/07b_vjepa.ipynb #d10c6e80
-import math
+# %% ../nbs/lib/07b_vjepa.ipynb #a9cc37fd
+import copy, math
 from contextlib import contextmanager
 from functools import lru_cache
 
