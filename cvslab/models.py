@@ -502,7 +502,7 @@ class Reading(nn.Module):
     "A V-JEPA 2 whose tokens are those of the last layer, then those of `layers`, then the same of the frame's centre seen at twice the size."
     def __init__(self,
         video: VJEPA2Model,
-        layers: tuple[int, ...] = (),   # encoder layers whose tokens, normalised alike, stand beside the last ones
+        layers: tuple[int, ...] = (),   # encoder layers whose tokens, normalised as the last ones (2.1: each by its own norm), stand beside them
         centre: bool = False,           # also see the central quarter of each frame, enlarged
         keep: int = 0,                  # frames of the clip to keep: those that differ most from the one before; 0: all
     ):
@@ -522,7 +522,9 @@ class Reading(nn.Module):
         try: last = self.video.get_vision_features(video)
         finally:
             for hook in hooks: hook.remove()
-        return torch.cat([last, *(self.video.encoder.layernorm(middle[i]) for i in self.layers)], 1)
+        encoder = self.video.encoder
+        norms = [encoder.norm_of(i) if hasattr(encoder, "norm_of") else encoder.layernorm for i in self.layers]
+        return torch.cat([last, *(norm(middle[i]) for norm, i in zip(norms, self.layers))], 1)
 
     def get_vision_features(self, video):
         if self.keep: video = liveliest_frames(video, self.keep)
@@ -587,7 +589,8 @@ class VideoClassifier(nn.Module):
             if any(p.requires_grad for p in self.backbone.parameters()): raise ValueError("cached tokens pass by a backbone that learns: give it pixels")
             return video
         tubelet = self.backbone.config.tubelet_size
-        if video.shape[1] % tubelet:
+        image = video.shape[1] == 1 and any(isinstance(m, VJEPA21Model) for m in self.backbone.modules())     # has a tokenizer of its own
+        if video.shape[1] % tubelet and not image:
             raise ValueError(f"{video.shape[1]} frames do not fill tubelets of {tubelet}: the last would be dropped; choose a multiple of {tubelet}")
         learns = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()): return self.backbone.get_vision_features(self.normalise(video))
