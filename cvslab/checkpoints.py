@@ -266,7 +266,7 @@ def read_checkpoint(path, heads: int = None, pred_heads: int = None, size: int =
     config = (VJEPA21Config if newer else VJEPA2Config)(**sizes | changes)
     others = {k: f"not read, {key!r} is" for k in content if key and k not in (key, "predictor") and isinstance(content[k], (dict, list, tuple, Tensor))}
     card = dict(file=path.name, key=key) | card | dict(left_out=others | ({"predictor": why} if why else {}),
-                values={k: v for k, v in content.items() if isinstance(v, (bool, int, float, str))})
+                values={k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items() if isinstance(v, (bool, int, float, str))})
     found = Checkpoint(path, content, key, {"": prefix, "predictor": ahead}, encoder, predictor, config, card)
     _account(found)
     card |= dict(tensors=len(encoder), parameters=sum(t.numel() for t in encoder.values()))
