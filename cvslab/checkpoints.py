@@ -109,11 +109,11 @@ def to_meta(state: dict[str, Tensor], newer: bool = False) -> dict[str, Tensor]:
     return found | {f"mask_tokens.{i}": mask for i, mask in enumerate(masks)}
 
 def from_meta(state: dict[str, Tensor], names, newer: bool = False) -> dict[str, Tensor]:
-    "Tensors by Meta's names -> the tensors `names` of transformers; views of them but for the thirds and the mask tokens."
+    "Tensors by Meta's names -> the tensors `names` of transformers; views of them but for the mask tokens."
     found = {}
     for name, ours in _groups(names, newer).items():
         if name == "mask_tokens": found[ours[0]] = torch.stack([state[f"{name}.{i}"] for i in range(sum(n.startswith("mask_tokens.") for n in state))])
-        elif len(ours) > 1: found |= {n: part.clone() for n, part in zip(ours, state[name].chunk(len(ours)))}
+        elif len(ours) > 1: found |= dict(zip(ours, state[name].chunk(len(ours))))
         else: found[ours[0]] = state[name]
     return found
 
@@ -135,12 +135,17 @@ class Checkpoint:
     predictor: dict         # the same, empty where there is none to use
     config: VJEPA2Config
     card: dict              # what is to be said about it
+    model: VJEPA2Model = None   # the one they fit, on the meta device
 
     @property
     def newer(self) -> bool: return isinstance(self.config, VJEPA21Config)
 
     @property
     def kind(self): return VJEPA21Model if self.newer else VJEPA2Model if self.predictor else VJEPA2EncoderModel
+
+    def weights(self) -> dict:
+        "The tensors by transformers' names."
+        return from_meta(self.encoder | self.predictor, list(self.model.state_dict()), self.newer)
 
 def _told(path: Path, given: dict) -> dict:
     "What the caller says about a file, and what the file beside it does; the caller has the last word."
@@ -230,14 +235,10 @@ def _predictor(content, path, told, newer) -> tuple[str, dict, dict, str]:
     return prefix, state, dict(pred_hidden_size=width, pred_num_hidden_layers=_blocks(state, "predictor_"), pred_num_attention_heads=heads,
                                pred_mlp_ratio=_ratio(width, _hidden(state, "predictor_", path)), pred_num_mask_tokens=sum(n.startswith("mask_tokens.") for n in state)), ""
 
-def _wanted(kind, config) -> tuple[list, dict]:
-    "Names in transformers of the tensors of a model, and Meta's name -> shape."
-    with torch.device("meta"): state = kind(config).state_dict()
-    return list(state), {n: tuple(t.shape) for n, t in to_meta(state, isinstance(config, VJEPA21Config)).items()}
-
 def _account(found: Checkpoint):
     "`ValueError` unless exactly the tensors of the model are there, in their shapes; those of `LEFT_OUT` are taken out."
-    _, wanted = _wanted(found.kind, found.config)
+    with torch.device("meta"): found.model = found.kind(found.config)
+    wanted = {n: tuple(t.shape) for n, t in to_meta(found.model.state_dict(), found.newer).items()}
     prefix = {n: found.prefix["predictor" if n.startswith(("predictor_", "mask_tokens.")) else ""] for n in wanted}
     for part in (found.encoder, found.predictor):
         for name in [n for n in part if n.removeprefix("predictor_") in LEFT_OUT]:
@@ -276,11 +277,9 @@ def read_checkpoint(path, heads: int = None, pred_heads: int = None, size: int =
 def load_checkpoint(path, **told) -> VJEPA2Model:
     "The model of a `.pt` file in fp32 and evaluation mode, its weights mapped from the file; `told` as in `read_checkpoint`, whose card is its `card`."
     found = read_checkpoint(path, **told)
-    with torch.device("meta"): model = found.kind(found.config)
-    state = from_meta(found.encoder | found.predictor, list(model.state_dict()), found.newer)
-    model.load_state_dict({n: t.detach().float() for n, t in state.items()}, assign=True)
-    model.card = found.card
-    return model.eval()
+    found.model.load_state_dict({n: t.detach().float() for n, t in found.weights().items()}, assign=True)
+    found.model.card = found.card
+    return found.model.eval()
 
 # %% ../nbs/lib/07c_checkpoints.ipynb #9fe468d5
 def _sketch(value, path: str, rest: dict):
@@ -316,8 +315,7 @@ def to_folder(file, folder, encoder_only: bool = False, **told) -> dict:
     "Write the transformers folder of a `.pt` file; returns its card. With `encoder_only` what is not in the model is not kept, and the way back gives the model alone."
     found, folder = read_checkpoint(file, **told), Path(folder)
     if folder.exists(): raise FileExistsError(f"{rel(folder)} is there already: choose another folder, or delete it")
-    state = from_meta(found.encoder | found.predictor, _wanted(found.kind, found.config)[0], found.newer)
-    rest, model = {}, {}
+    state, rest, model = found.weights(), {}, {}
     whole = {found.key: found.content[found.key]} if found.key and encoder_only else found.content
     if encoder_only and found.predictor: whole["predictor"] = found.content["predictor"]
     sketch = _sketch(whole, "", rest)

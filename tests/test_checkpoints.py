@@ -1,5 +1,5 @@
 "Files of Meta's layout: which encoder is read, what is refused and by which name, and the way to a folder and back, bit for bit."
-import argparse, json, math
+import argparse, copy, json, math
 from collections import Counter, OrderedDict
 from datetime import timedelta
 from fractions import Fraction
@@ -79,6 +79,20 @@ def test_the_predictor_is_read_where_its_heads_are_known(tmp_path):
     torch.testing.assert_close(load_checkpoint(file, heads=4, pred_heads=2, size=64)(square).predictor_output.last_hidden_state, whole(square).predictor_output.last_hidden_state)
     lost = {n: t for n, t in predictor.items() if not n.endswith("mask_tokens.1")}
     with pytest.raises(ValueError, match="mask_tokens"): load_checkpoint(put(tmp_path/"y.pt", target_encoder={n: t for n, t in state.items()}, predictor=lost), heads=4, pred_heads=2)
+
+def test_a_model_whose_weights_are_mapped_is_saved_copied_and_trained_like_any_other(tmp_path):
+    state = meta(encoder())
+    file = put(tmp_path/"x.pt", encoder=state)
+    model, before = load_checkpoint(file, heads=4), file.read_bytes()
+    model.save_pretrained(tmp_path/"saved")
+    assert torch.equal(models.load_backbone(str(tmp_path/"saved")).get_vision_features(CLIP), model.get_vision_features(CLIP))
+    untouched, kept = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    model.get_vision_features(CLIP).square().sum().backward()
+    with torch.no_grad(): model.encoder.layer[0].attention.query.weight.add_(1.)
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, kept[n])}
+    assert changed == {"encoder.layer.0.attention.query.weight"} and file.read_bytes() == before           # neither its neighbours nor the file
+    assert all(torch.equal(t, kept[n]) for n, t in untouched.state_dict().items())
+    assert models.fingerprint(load_checkpoint(file, heads=4).requires_grad_(False)) == models.fingerprint(encoder().requires_grad_(False))
 
 # every tensor accounted for
 
