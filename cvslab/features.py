@@ -79,7 +79,7 @@ def cache_tokens(
     files = {v: [folder/f"{h}_{v}.safetensors" for h in held] for v in views}
     todo = [(b, clips, {v: p for v, p in zip(views, paths) if not p.exists()}) for b, clips, *paths in zip(blocks, names, *files.values())]
     todo = [(b, clips, missing) for b, clips, missing in todo if missing]
-    need = sum(token_bytes(len(b), dataset.protocol.shown // config.tubelet_size * (side // pool)**2, config.hidden_size, len(missing)) for b, _, missing in todo)
+    need = sum(token_bytes(len(b), max(1, dataset.protocol.shown // config.tubelet_size) * (side // pool)**2, config.hidden_size, len(missing)) for b, _, missing in todo)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if need > free:

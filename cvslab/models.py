@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'PIXELS', 'weights_kind', 'check_weights',
-           'check_backbone', 'RotaryAttention', 'cache_rotary', 'compile_layers', 'load_backbone', 'load_frames',
-           'input_size', 'depth_of', 'fingerprint', 'AttentionPooler', 'MeanPooler', 'LSTMPooler', 'mlp_head',
-           'Dropout', 'add_lora', 'lora_modules', 'lora_size', 'count_lora', 'upper_layers', 'projections_proof',
-           'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT', 'masked_norm',
-           'masked_norm_proof', 'sizes_proof', 'set_drop_path', 'SwinFrames', 'Hybrid', 'drop_path_proof',
-           'stage_proof', 'Video', 'Images', 'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise',
-           'VideoClassifier', 'build_model', 'official_proof', 'idea_proofs', 'pixels_proof', 'check_frames_folder',
-           'save_frames', 'load_swincvs', 'members_proof', 'group_of', 'trainable']
+           'check_backbone', 'compile_layers', 'load_backbone', 'load_frames', 'input_size', 'depth_of', 'fingerprint',
+           'AttentionPooler', 'MeanPooler', 'LSTMPooler', 'mlp_head', 'Dropout', 'add_lora', 'lora_modules',
+           'lora_size', 'count_lora', 'upper_layers', 'projections_proof', 'idle_proof', 'unfreeze', 'unfreeze_proof',
+           'SegDecoder', 'TimeAttention', 'WindowViT', 'masked_norm', 'masked_norm_proof', 'sizes_proof',
+           'set_drop_path', 'SwinFrames', 'Hybrid', 'drop_path_proof', 'stage_proof', 'Video', 'Images',
+           'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise', 'VideoClassifier', 'build_model',
+           'official_proof', 'idea_proofs', 'pixels_proof', 'check_frames_folder', 'save_frames', 'load_swincvs',
+           'members_proof', 'group_of', 'trainable']
 
 # %% ../nbs/lib/08_models.ipynb #38e482a1
 import json, math, re, shutil, tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from zipfile import ZipFile, is_zipfile
@@ -32,12 +31,14 @@ from transformers import Dinov2Config, Dinov2Model, DINOv3ViTModel, Swinv2Config
 from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.swinv2.modeling_swinv2 import Swinv2DropPath, Swinv2Layer
-from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2DropPath, VJEPA2RopeAttention
+from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2DropPath
 from transformers.utils import logging
 
 from .attention import mask_tokens, set_attention, token_mask
+from .checkpoints import is_checkpoint, load_checkpoint, read_checkpoint
 from .core import Proof, atomic, digest, local, seed_all
 from .demo import DEMO_BACKBONE
+from .vjepa import VJEPA21Model, VJEPA2EncoderModel, cache_rotary
 
 # %% ../nbs/lib/08_models.ipynb #0b6f93d8
 _NO_WEIGHTS = [(rb"version https://git-lfs", "a pointer of git-lfs, not the file itself: run `git lfs pull` in the clone it comes from, or `hf download`"),
@@ -87,7 +88,7 @@ def check_weights(path) -> str:
 # %% ../nbs/lib/08_models.ipynb #98188c30
 logging.disable_progress_bar()   # transformers would leave a widget on every page
 
-_VIDEO = {c.__name__: c for c in (VJEPA2Model, VJEPA2ForVideoClassification)}
+_VIDEO = {c.__name__: c for c in (VJEPA2Model, VJEPA2ForVideoClassification, VJEPA2EncoderModel, VJEPA21Model)}
 _FRAMES = {c.__name__: c for c in (Swinv2Model, Swinv2ForImageClassification)}
 _OTHER_VIDEO = {c.__name__: c for c in (VideoMAEModel, VideoMAEForVideoClassification)}
 _IMAGES = {c.__name__: c for c in (Dinov2Model, DINOv3ViTModel)}
@@ -154,8 +155,8 @@ def _configured(name: str, classes: dict, **changes):
         raise ValueError(f"config.json of backbone {name!r} is not that of a {kinds[0]} ({type(e).__name__}: {' '.join(str(e).split())[:200]}): fetch it again") from e
 
 def check_backbone(name: str, kind: str = "vjepa2"):
-    "Configuration of the backbone `name` (demo, a folder, a hub id) of a `kind` in `KINDS`: proven by config.json and headers alone, before anything is loaded."
-    return _configured(name, KINDS[kind])[2]
+    "Configuration of the backbone `name` (demo, a folder, a hub id, a `.pt` file) of a `kind` in `KINDS`: proven by headers alone, before anything is loaded."
+    return read_checkpoint(local(name)).config if is_checkpoint(name) else _configured(name, KINDS[kind])[2]
 
 def _load(name, classes, prefix, **changes):
     "The model `prefix` of the file `name`, of one of `classes`, every tensor accounted for; `changes` are of its configuration."
@@ -166,40 +167,6 @@ def _load(name, classes, prefix, **changes):
         first = "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items() if v)
         raise ValueError(f"the weights of backbone {name!r} do not match its config.json ({first}): nothing is filled in at random; fetch the folder again")
     return getattr(model, prefix, model).eval()
-
-# %% ../nbs/lib/08_models.ipynb #d650db76
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _tables(side: int, widths: tuple, rest: int, tokens: int, dtype, device):
-    "Cosine and sine (tokens, head width) of V-JEPA 2's rotary positions, rounded as transformers rounds them; 1 and 0 where nothing rotates."
-    ids, angles = torch.arange(tokens, device=device), []
-    for position, width in zip((ids // side**2, ids % side**2 // side, ids % side), widths):
-        omega = torch.arange(width // 2, dtype=dtype, device=device)
-        omega /= width / 2
-        angles.append((position[:, None] * (1.0 / 10000**omega)).repeat(1, 2))
-    angles.append(torch.zeros(tokens, rest, dtype=dtype, device=device))
-    angles = torch.cat(angles, 1)
-    return angles.cos(), angles.sin()
-
-@torch.compiler.assume_constant_result      # torch.compile takes the tables as they are
-def _rotary(*shape): return _tables(*shape)
-
-class RotaryAttention(VJEPA2RopeAttention):
-    "V-JEPA 2's attention with its rotary tables made once, not in every layer and call, and applied to all three axes in one pass; the same bits."
-    def get_position_ids(self, x, masks=None): return x.shape[1] if masks is None else super().get_position_ids(x, masks)
-
-    def apply_rotary_embeddings(self, qk, positions):
-        if not isinstance(positions, int): return super().apply_rotary_embeddings(qk, positions)
-        widths = (self.d_dim, self.h_dim, self.w_dim)
-        cos, sin = _rotary(self.grid_size, widths, self.attention_head_size - sum(widths), positions, qk.dtype, qk.device)
-        even, odd = qk.unflatten(-1, (-1, 2)).unbind(-1)
-        return qk*cos + torch.stack((-odd, even), -1).flatten(-2)*sin
-
-def cache_rotary(model: VJEPA2Model) -> VJEPA2Model:
-    "Give every attention of `model` its rotary positions from tables; the same model, returned."
-    for module in model.modules():
-        if type(module) is VJEPA2RopeAttention: module.__class__ = RotaryAttention
-    return model
 
 # %% ../nbs/lib/08_models.ipynb #eecc2668
 def compile_layers(backbone: nn.Module) -> Callable:
@@ -214,13 +181,15 @@ def compile_layers(backbone: nn.Module) -> Callable:
             for m in layers: vars(m).pop("forward", None)
     return fast
 
-def load_backbone(name: str, size: int = None, depth: int = None, drop_path: float = 0.) -> VJEPA2Model:
-    """V-JEPA 2 video encoder (arXiv 2506.09985) from `"demo"`, a local transformers folder or a hub id, in fp32 and evaluation mode.
+def load_backbone(name: str, size: int = None, depth: int = None, drop_path: float = 0., heads: int = None) -> VJEPA2Model:
+    """V-JEPA 2 video or 2.1 encoder (arXiv 2506.09985) from `"demo"`, a local transformers folder, a hub id or a `.pt` file of Meta's layout, in fp32 and evaluation mode.
 
     `(B, T, 3, H, W)` normalised pixels -> `get_vision_features` -> `(B, T/2 * H/16 * W/16, D)` tokens ordered by time, row, column.
     `size` reads frames of other sizes (rotary positions go on), `depth` keeps the first layers, `drop_path` skips layers at random in
-    training (arXiv 1603.09382). Raises `FileNotFoundError` where there is nothing to load and `ValueError` unless every tensor of the file matches."""
-    model = _load(name, _VIDEO, "vjepa2", **(dict(crop_size=size) if size else {}), **(dict(drop_path_rate=drop_path) if drop_path else {}))
+    training (arXiv 1603.09382), `heads` is for a `.pt` file of no released size (`checkpoints`). Raises `FileNotFoundError` where there is nothing to load and `ValueError` unless every tensor of the file matches."""
+    if heads and not is_checkpoint(name): raise ValueError(f"backbone {name!r} has a config.json, which tells its heads: leave heads out")
+    changes = {k: v for k, v in dict(crop_size=size, drop_path_rate=drop_path).items() if v}
+    model = load_checkpoint(local(name), heads=heads, **changes) if is_checkpoint(name) else _load(name, _VIDEO, "vjepa2", **changes)
     layers, patch = len(model.encoder.layer), model.config.patch_size
     if size and size % patch: raise ValueError(f"frames of {size} pixels do not fill patches of {patch}: choose a multiple")
     if depth:
@@ -672,7 +641,7 @@ class Reading(nn.Module):
     "A V-JEPA 2 whose tokens are those of the last layer, then those of `layers`, then the same of the frame's centre seen at twice the size."
     def __init__(self,
         video: VJEPA2Model,
-        layers: tuple[int, ...] = (),   # encoder layers whose tokens, normalised alike, stand beside the last ones
+        layers: tuple[int, ...] = (),   # encoder layers whose tokens, normalised as the last ones (2.1: each by its own norm), stand beside them
         centre: bool = False,           # also see the central quarter of each frame, enlarged
         keep: int = 0,                  # frames of the clip to keep: those that differ most from the one before; 0: all
     ):
@@ -692,7 +661,9 @@ class Reading(nn.Module):
         try: last = self.video.get_vision_features(video)
         finally:
             for hook in hooks: hook.remove()
-        return torch.cat([last, *(self.video.encoder.layernorm(middle[i]) for i in self.layers)], 1)
+        encoder = self.video.encoder
+        norms = [encoder.norm_of(i) if hasattr(encoder, "norm_of") else encoder.layernorm for i in self.layers]
+        return torch.cat([last, *(norm(middle[i]) for norm, i in zip(norms, self.layers))], 1)
 
     def get_vision_features(self, video):
         if self.keep: video = liveliest_frames(video, self.keep)
@@ -770,7 +741,8 @@ class VideoClassifier(nn.Module):
             if any(p.requires_grad for p in self.backbone.parameters()): raise ValueError("cached tokens pass by a backbone that learns: give it pixels")
             return video
         tubelet = self.backbone.config.tubelet_size
-        if video.shape[1] % tubelet:
+        image = video.shape[1] == 1 and any(isinstance(m, VJEPA21Model) for m in self.backbone.modules())     # has a tokenizer of its own
+        if video.shape[1] % tubelet and not image:
             raise ValueError(f"{video.shape[1]} frames do not fill tubelets of {tubelet}: the last would be dropped; choose a multiple of {tubelet}")
         learns = any(p.requires_grad for p in self.backbone.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()): return self.backbone.get_vision_features(self.normalise(video))
