@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Share', 'Device', 'Precision', 'Split', 'Reported', 'ProtocolName', 'TrainScores', 'Tracker', 'PoolerName',
-           'LoraTarget', 'Augmented', 'Sampling', 'Labels', 'Geometry', 'Supervision', 'Masking', 'Family', 'Arm',
+           'LoraTarget', 'Augmented', 'Sampling', 'Labels', 'Geometry', 'Supervision', 'Masking', 'Leakage', 'Arm',
            'Slip', 'MACHINE', 'PACKAGES', 'root', 'cache_dir', 'in_test', 'main_process', 'rel', 'atomic', 'save',
            'load', 'Ledger', 'derive_seed', 'seed_all', 'digest', 'keep_memory', 'ParameterError', 'declared',
            'injected', 'check_parameters', 'Proof', 'code_fingerprint', 'git_state', 'Run']
@@ -148,14 +148,14 @@ ProtocolName = Literal["official", "recorded"]
 TrainScores = Literal["clean", "running"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 PoolerName = Literal["attention", "criterion", "official", "mean", "lstm"]
-LoraTarget = Literal["q", "k", "v", "o", "fc1", "fc2", "query", "key", "value", "proj"]
+LoraTarget = Literal["q", "k", "v", "qkv", "o", "fc1", "fc2", "query", "key", "value", "proj"]
 Augmented = Literal["clip", "frame"]
 Sampling = Literal["none", "class_balanced", "any_positive", "rare_combo"]
 Labels = Literal["majority", "any", "all", "soft", "rater1", "rater2", "rater3", "clip"]
 Geometry = Literal["squash", "crop"]
 Supervision = Literal["mass", "kl"]
 Masking = Literal["none", "mask", "bias", "tokens"]
-Family = Literal["vjepa2", "videomae", "images"]
+Leakage = Literal["refuse", "allow"]
 Arm = Literal["hybrid", "swincvs"]
 Slip = Literal["pos_weight", "keys", "predictor", "norm", "hue", "fill", "gradient", "labels", "warmup", "val_frames"]
 
