@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers.image_utils import (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, OPENAI_CLIP_MEAN,
                                       OPENAI_CLIP_STD)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Grid
 
@@ -169,19 +170,10 @@ def encoder_in(model: PreTrainedModel, size: int, name: str) -> tuple[PreTrained
     raise ValueError(f"backbone {name!r} cannot read square frames of {size} pixels. {lacks}")
 
 # %% ../nbs/lib/07d_encoders.ipynb #4307fbef
-def _without_dropout(model: nn.Module) -> nn.Module:
-    for m in model.modules():
-        for key, value in vars(m).items():
-            if isinstance(value, float) and "drop" in key:
-                setattr(m, key, 0.)
-        if isinstance(m, nn.Dropout):
-            m.p = 0.
-    return model
-
 def _grid(model, shape, bins: int, name: str) -> tuple[int, int]:
     "Tokens before the grid, and the side of the grid, of a model that says `shape` of a clip of `bins` bins."
     named = {n: p.shape[1] if n.endswith("register_tokens") else 1 for n, p in model.named_parameters() if n.split(".")[-1] in EXTRA}
-    extra = POOLED.get(model.config.model_type, sum(k for n, k in named.items() if n.startswith("embeddings.")))
+    extra = POOLED.get(model.config.model_type, sum(k for n, k in named.items() if "embeddings" in n.split(".")))
     extra += getattr(getattr(model, "timm_model", None), "num_prefix_tokens", 0)
     places = shape[2]*shape[3] if len(shape) == 4 else (shape[1] - extra) / bins
     side = round(places**0.5)
@@ -208,7 +200,7 @@ class Encoder(nn.Module):
         self.extra, self.side = _grid(found, shape, frames // tubelet or 1, name)
         width = shape[1] if by_channel else shape[-1]
         heads = getattr(own, "num_attention_heads", None) or (getattr(own, "num_heads", None) or [max(1, width // 64)])[-1]
-        self.model, self.name, self.by_frame = _without_dropout(found).eval(), name, False
+        self.model, self.name, self.by_frame = found.eval(), name, False
         self.resized = size != getattr(own, "image_size", None)
         self.config = SimpleNamespace(
             model_type=own.model_type, hidden_size=width, num_attention_heads=heads, num_hidden_layers=layers_in(own), tubelet_size=tubelet,
@@ -230,10 +222,14 @@ class Encoder(nn.Module):
     def frames(self) -> int: return self.config.num_frames
 
     def train(self, mode: bool = True):
+        "Adapters train; the model itself says what it says in evaluation, without dropout, running means or positions drawn at random."
         super().train(mode)
-        for m in self.modules():
-            if isinstance(m, _BatchNorm):          # its running means are part of what was loaded
-                m.eval()
+        self.model.eval()
+        for m in self.model.modules():
+            if isinstance(m, GradientCheckpointingLayer):          # recomputes its activations where it is told to, in training alone
+                m.training = mode
+            if isinstance(m, LoraLayer):
+                m.lora_dropout.train(mode)
         return self
 
     def gradient_checkpointing_enable(self, kwargs=None): self.model.gradient_checkpointing_enable(kwargs)

@@ -35,7 +35,7 @@ from transformers.utils import logging
 from .attention import mask_tokens, set_attention, token_mask
 from .core import Proof, digest, root, seed_all
 from .demo import DEMO_BACKBONE
-from .encoders import LONG_NAMES, Encoder, Pixels, Projection, image_size, layers_in, model_class
+from .encoders import LONG_NAMES, PROJECTIONS, Encoder, Pixels, Projection, image_size, layers_in, model_class
 
 # %% ../nbs/lib/08_models.ipynb #98188c30
 logging.disable_progress_bar()   # transformers would leave a widget on every page
@@ -68,7 +68,7 @@ def _load(name, classes, prefix, **changes):
     config = AutoConfig.from_pretrained(place, **changes)
     kinds = config.architectures or [next(iter(classes))]
     if kinds[0] not in classes: raise ValueError(f"backbone {name!r} holds a {kinds[0]}: choose one of {sorted(classes)}")
-    model, info = classes[kinds[0]].from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True)
+    model, info = classes[kinds[0]].from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = {k: sorted(n for n in map(str, info[k]) if not re.search(_TABLES, n)) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         first = "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items() if v)
@@ -314,7 +314,7 @@ def projections_proof(backbone: VJEPA2Model, targets, slip: bool = False) -> Pro
     if isinstance(backbone, Encoder):
         wanted = {LONG_NAMES.get(t, t) for t in targets}
         seen = {kind for kind, ps in backbone.config.projections.items() for p in ps if f"model.{p.name}" in there}
-        def words(names): return " ".join(k for k in backbone.config.projections if k in names) or "none"
+        def words(names): return " ".join(k for k in PROJECTIONS if k in names) or "none"
     else:
         wanted, seen = {_ALIASES[t] for t in targets}, {".".join(n.split(".")[-2:]) for n in there}
         def words(names): return " ".join(k for k, v in LORA_TARGETS.items() if v in names) or "none"
