@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'RotaryAttention', 'cache_rotary', 'compile_layers',
-           'load_backbone', 'load_frames', 'input_size', 'depth_of', 'fingerprint', 'AttentionPooler', 'MeanPooler',
-           'LSTMPooler', 'mlp_head', 'Dropout', 'add_lora', 'lora_modules', 'lora_size', 'count_lora', 'upper_layers',
-           'projections_proof', 'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT',
-           'masked_norm', 'masked_norm_proof', 'sizes_proof', 'SwinFrames', 'Hybrid', 'stage_proof', 'spaced_layers',
-           'Reading', 'liveliest_frames', 'Visible', 'Normalise', 'VideoClassifier', 'build_model', 'backbone_proof',
-           'idea_proofs', 'members_proof', 'group_of', 'trainable']
+           'load_backbone', 'load_frames', 'input_size', 'depth_of', 'backbone_cards', 'fingerprint', 'AttentionPooler',
+           'MeanPooler', 'LSTMPooler', 'mlp_head', 'Dropout', 'add_lora', 'lora_modules', 'lora_size', 'count_lora',
+           'upper_layers', 'projections_proof', 'idle_proof', 'unfreeze', 'unfreeze_proof', 'SegDecoder',
+           'TimeAttention', 'WindowViT', 'masked_norm', 'masked_norm_proof', 'sizes_proof', 'SwinFrames', 'Hybrid',
+           'stage_proof', 'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise', 'VideoClassifier',
+           'build_model', 'backbone_proof', 'idea_proofs', 'members_proof', 'group_of', 'trainable']
 
 # %% ../nbs/lib/08_models.ipynb #38e482a1
 import math, re
@@ -36,6 +36,7 @@ from .attention import mask_tokens, set_attention, token_mask
 from .core import Proof, digest, root, seed_all
 from .demo import DEMO_BACKBONE
 from .encoders import LONG_NAMES, PROJECTIONS, Encoder, Pixels, Projection, image_size, layers_in, model_class
+from .provenance import read_card
 
 # %% ../nbs/lib/08_models.ipynb #98188c30
 logging.disable_progress_bar()   # transformers would leave a widget on every page
@@ -170,6 +171,11 @@ def depth_of(backbone: str | dict) -> int:
     "Layers of a backbone; `backbone` as `build_model` takes it, with a folder or a hub id."
     name = backbone if isinstance(backbone, str) else backbone["frames"]
     return layers_in(_config(_find(name), name))
+
+def backbone_cards(backbone: str | dict) -> list[dict]:
+    "What the card of each folder says that `backbone`, as `build_model` takes it, is loaded from; none where all weights are drawn."
+    named = [backbone] if isinstance(backbone, str) else [backbone[k] for k in ("video", "frames") if isinstance(backbone.get(k), str)]
+    return [dict(name=name) | read_card(_find(name)) for name in named]
 
 # %% ../nbs/lib/08_models.ipynb #cb7d440f
 def fingerprint(model: nn.Module) -> str:

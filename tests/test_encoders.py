@@ -283,4 +283,4 @@ def test_a_whole_page(page, name, project):
     code, out = papermill(project, page, *(w for k, v in tiny("whole", backbone=f"weights/{name}").items() for w in ("-p", k, str(v))))
     assert not code, out[-2000:]
     metrics = json.loads((run_folders(project, page)[0]/"metrics.json").read_text())
-    assert metrics["backbone"]["model"] == KINDS[name][0].__name__ and metrics["map"]["value"] > 0
+    assert metrics["backbone"][0]["model"] == KINDS[name][0].__name__ and metrics["map"]["value"] > 0
