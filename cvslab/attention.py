@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, VJEPA2Model
+from transformers import AttentionInterface, PreTrainedModel, VJEPA2Model
 from transformers.models.vjepa2.modeling_vjepa2 import eager_attention_forward
 
 from .core import Proof
@@ -244,6 +244,8 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
     A `VJEPA2Model`, or what has the same parts: `config`, `encoder.layer[i].attention`, `set_attn_implementation`, as `OctEncoder`."""
     found = [m for m in model.modules() if _is_encoder(m)]
+    if not found and (others := [type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)]):
+        raise ValueError(f"attention is read and changed in V-JEPA 2 alone, and this {type(model).__name__} holds a {others[0]}")
     if len(found) != 1: raise ValueError(f"{len(found)} V-JEPA 2 models inside this {type(model).__name__}: pass a model that holds exactly one")
     return found[0]
 

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'TICK', 'Share', 'Device', 'Precision', 'Split', 'Reported', 'ProtocolName', 'TrainScores', 'Tracker',
-           'PoolerName', 'LoraTarget', 'Augmented', 'Sampling', 'Labels', 'Geometry', 'Supervision', 'Masking',
-           'Family', 'Arm', 'Pixels', 'Epoch', 'Slip', 'MACHINE', 'PACKAGES', 'root', 'local', 'cache_dir', 'in_test',
+           'PoolerName', 'LoraTarget', 'Augmented', 'Sampling', 'Labels', 'Geometry', 'Supervision', 'Masking', 'Arm',
+           'Pixels', 'Epoch', 'Leakage', 'Slip', 'MACHINE', 'PACKAGES', 'root', 'local', 'cache_dir', 'in_test',
            'main_process', 'rel', 'byte_size', 'free_bytes', 'writing', 'atomic', 'save', 'load', 'Ledger',
            'read_table', 'numbers', 'words', 'derive_seed', 'seed_all', 'digest', 'changed_since', 'content',
            'contents', 'keep_memory', 'ParameterError', 'declared', 'injected', 'read_yaml', 'papermill_told',
            'check_parameters', 'Proof', 'code_fingerprint', 'git_state', 'Run']
 
 # %% ../nbs/lib/00_core.ipynb #78cd0a02
-import ast, codecs, copy, csv, ctypes, difflib, errno, hashlib, importlib.metadata, io, json, os, platform, random, re, shutil
+import ast, codecs, copy, csv, ctypes, difflib, errno, hashlib, importlib.metadata, io, json, os, platform, re, shutil
 import subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -395,17 +395,17 @@ ProtocolName = Literal["official", "recorded"]
 TrainScores = Literal["clean", "running"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 PoolerName = Literal["attention", "criterion", "official", "official_mlp", "mean", "lstm"]
-LoraTarget = Literal["q", "k", "v", "o", "fc1", "fc2", "query", "key", "value", "proj"]
+LoraTarget = Literal["q", "k", "v", "qkv", "o", "fc1", "fc2", "query", "key", "value", "proj"]
 Augmented = Literal["clip", "frame"]
 Sampling = Literal["none", "class_balanced", "any_positive", "rare_combo"]
 Labels = Literal["majority", "any", "all", "soft", "rater1", "rater2", "rater3", "clip"]
 Geometry = Literal["squash", "crop"]
 Supervision = Literal["mass", "kl"]
 Masking = Literal["none", "mask", "bias", "tokens"]
-Family = Literal["vjepa2", "videomae", "images"]
 Arm = Literal["hybrid", "swincvs", "frames"]
 Pixels = Literal["imagenet", "swincvs"]
 Epoch = Literal["best", "last"]
+Leakage = Literal["refuse", "allow"]
 Slip = Literal["pos_weight", "keys", "predictor", "norm", "hue", "fill", "gradient", "labels", "warmup", "val_frames"]
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from .core import atomic, cache_dir, digest, main_process, rel
+from .encoders import Encoder
 from .endoscapes import IGNORE, PIXELS, ClipDataset
 from .models import VideoClassifier, fingerprint
 from .objectives import AUGMENTATIONS
@@ -71,7 +72,7 @@ def cache_tokens(
         raise ValueError("this backbone learns, so its tokens change: cache those of a frozen one")
     views, config, acc = VIEWS[:1 + mirrored], model.backbone.config, accelerator(recipe)
     side = config.crop_size // config.patch_size
-    folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), asdict(dataset.protocol), PIXELS, pool, recipe.precision], 16)
+    folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), *_reading(model.backbone), asdict(dataset.protocol), PIXELS, pool, recipe.precision], 16)
     blocks = [[int(i) for i in b] for b in np.array_split(np.arange(len(dataset)), range(BLOCK, len(dataset), BLOCK))]
     names = [dataset.clips["clip"].iloc[b].tolist() for b in blocks]
     shown = [dataset.store.held[dataset.rows[b]].astype(str) for b in blocks]                # digests of the frames' files
@@ -97,6 +98,8 @@ def cache_tokens(
             if not tokens.isfinite().all(): raise ValueError(f"tokens of {dataset.protocol.split} are not finite in half precision: this backbone cannot be cached so")
             atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, dict(clips=json.dumps(clips), view=v, data=card["fingerprint"])))
     return TokenDataset(dataset, files)
+
+def _reading(backbone) -> list: return [backbone.card] if isinstance(backbone, Encoder) else []    # its weights alone do not tell its pixels and tokens
 
 def _size(n): return f"{n/1e9:,.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LORA_TARGETS', 'DEMO_FRAMES', 'ENCODERS', 'POOLERS', 'PIXELS', 'weights_kind', 'check_weights',
-           'check_backbone', 'compile_layers', 'load_backbone', 'load_frames', 'input_size', 'depth_of', 'fingerprint',
-           'AttentionPooler', 'MeanPooler', 'LSTMPooler', 'mlp_head', 'Dropout', 'add_lora', 'lora_modules',
-           'lora_size', 'count_lora', 'upper_layers', 'projections_proof', 'idle_proof', 'unfreeze', 'unfreeze_proof',
-           'SegDecoder', 'TimeAttention', 'WindowViT', 'masked_norm', 'masked_norm_proof', 'sizes_proof',
-           'set_drop_path', 'SwinFrames', 'Hybrid', 'drop_path_proof', 'stage_proof', 'Video', 'Images',
-           'spaced_layers', 'Reading', 'liveliest_frames', 'Visible', 'Normalise', 'VideoClassifier', 'build_model',
+           'check_backbone', 'compile_layers', 'load_backbone', 'load_frames', 'input_size', 'depth_of',
+           'backbone_cards', 'fingerprint', 'AttentionPooler', 'MeanPooler', 'LSTMPooler', 'mlp_head', 'Dropout',
+           'add_lora', 'lora_modules', 'lora_size', 'count_lora', 'upper_layers', 'projections_proof', 'idle_proof',
+           'unfreeze', 'unfreeze_proof', 'SegDecoder', 'TimeAttention', 'WindowViT', 'masked_norm', 'masked_norm_proof',
+           'sizes_proof', 'set_drop_path', 'SwinFrames', 'Hybrid', 'drop_path_proof', 'stage_proof', 'spaced_layers',
+           'Reading', 'liveliest_frames', 'Visible', 'Normalise', 'VideoClassifier', 'build_model', 'backbone_proof',
            'official_proof', 'idea_proofs', 'pixels_proof', 'check_frames_folder', 'save_frames', 'load_swincvs',
            'members_proof', 'group_of', 'trainable']
 
@@ -27,7 +27,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Dinov2Config, Dinov2Model, DINOv3ViTModel, Swinv2Config, Swinv2ForImageClassification, Swinv2Model, VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEModel
+from transformers import AutoConfig, Swinv2Config, Swinv2ForImageClassification, Swinv2Model
 from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.swinv2.modeling_swinv2 import Swinv2DropPath, Swinv2Layer
@@ -39,6 +39,8 @@ from .checkpoints import is_checkpoint, load_checkpoint, read_checkpoint
 from .core import Proof, atomic, digest, local, seed_all
 from .demo import DEMO_BACKBONE
 from .vjepa import VJEPA21Model, VJEPA2EncoderModel, cache_rotary
+from .encoders import LONG_NAMES, PROJECTIONS, Encoder, Pixels, Projection, image_size, layers_in, model_class
+from .provenance import read_card
 
 # %% ../nbs/lib/08_models.ipynb #0b6f93d8
 _NO_WEIGHTS = [(rb"version https://git-lfs", "a pointer of git-lfs, not the file itself: run `git lfs pull` in the clone it comes from, or `hf download`"),
@@ -90,11 +92,9 @@ logging.disable_progress_bar()   # transformers would leave a widget on every pa
 
 _VIDEO = {c.__name__: c for c in (VJEPA2Model, VJEPA2ForVideoClassification, VJEPA2EncoderModel, VJEPA21Model)}
 _FRAMES = {c.__name__: c for c in (Swinv2Model, Swinv2ForImageClassification)}
-_OTHER_VIDEO = {c.__name__: c for c in (VideoMAEModel, VideoMAEForVideoClassification)}
-_IMAGES = {c.__name__: c for c in (Dinov2Model, DINOv3ViTModel)}
 _TABLES = "relative_coords_table|relative_position_index"     # in some old files of SwinV2, though the code computes them
 
-KINDS = dict(vjepa2=_VIDEO, swin=_FRAMES, hybrid=_FRAMES, videomae=_OTHER_VIDEO, images=_IMAGES)       # of a hybrid, its encoder of frames
+KINDS = dict(any=None, vjepa2=_VIDEO, swin=_FRAMES)     # what a parameter may name: any vision encoder, V-JEPA 2 or 2.1, SwinV2
 
 def _shards(folder: Path, name: str) -> dict[str, set]:
     "The files of weights of a transformers folder and the tensors each must hold (none named where it stands alone)."
@@ -136,32 +136,41 @@ def _find(name: str) -> str:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise FileNotFoundError(f"no backbone folder {name!r}: choose 'demo', a local transformers folder, or a hub id like 'facebook/vjepa2-vitl-fpc16-256-ssv2'")
     from huggingface_hub import snapshot_download
-    try: place = snapshot_download(name, allow_patterns=["config.json", "*.safetensors*"], etag_timeout=5)
+    try: place = snapshot_download(name, allow_patterns=["config.json", "*.safetensors*", "preprocessor_config.json", "README.md"], etag_timeout=5)
     except Exception as e:
         raise FileNotFoundError(
             f"backbone {name!r} is neither a local folder nor to be had from the hub ({type(e).__name__}). On a machine with access run "
-            f"`hf download {name} --include config.json '*.safetensors*' --local-dir weights/{name.split('/')[-1]}`, copy that folder "
+            f"`hf download {name} --include config.json '*.safetensors*' preprocessor_config.json README.md --local-dir weights/{name.split('/')[-1]}`, copy that folder "
             f"into the project, and pass `-p backbone weights/{name.split('/')[-1]}`") from None
     return _check_folder(Path(place), name)
 
-def _configured(name: str, classes: dict, **changes):
-    "Place, class and configuration of the model in `name`, which must be one of `classes`; `changes` are of its configuration."
+def _settings(place: str, name: str, cls=None, **changes):
+    "The configuration in the folder `place` of the backbone `name`, of the class `cls` or the one it says; `changes` are put over it."
+    try: return (cls.config_class if cls else AutoConfig).from_pretrained(place, **changes)
+    except ImportError as e:
+        raise ImportError(f"backbone {name!r} needs a library that is not installed ({' '.join(str(e).split())[:120]}): `pip install timm` for models of timm") from None
+    except Exception as e:                                # each class checks its values in its own way
+        raise ValueError(f"config.json of backbone {name!r} is not that of {cls.__name__ if cls else 'a model of transformers'} ({type(e).__name__}: {' '.join(str(e).split())[:200]}): fetch it again") from e
+
+def _configured(name: str, classes: dict = None, **changes):
+    """Place, class and configuration of the model in `name`: one of `classes`, or without them a V-JEPA 2 or any other vision encoder of transformers;
+    `changes` are of its configuration."""
     place = _find(name)
     kinds = json.loads((Path(place)/"config.json").read_text(encoding="utf-8")).get("architectures") or []
-    if not kinds: raise ValueError(f"config.json of backbone {name!r} names no `architectures`: write the folder with `save_pretrained`, or name there which of {sorted(classes)} it is")
-    if kinds[0] not in classes: raise ValueError(f"backbone {name!r} holds a {kinds[0]}: choose one of {sorted(classes)}")
-    try: return place, classes[kinds[0]], classes[kinds[0]].config_class.from_pretrained(place, **changes)
-    except Exception as e:                                # each class checks its values in its own way
-        raise ValueError(f"config.json of backbone {name!r} is not that of a {kinds[0]} ({type(e).__name__}: {' '.join(str(e).split())[:200]}): fetch it again") from e
+    if not kinds: raise ValueError(f"config.json of backbone {name!r} names no `architectures`: write the folder with `save_pretrained`, or name there which of {sorted(classes or _VIDEO)} or which other class it is")
+    if classes and kinds[0] not in classes: raise ValueError(f"backbone {name!r} holds a {kinds[0]}: choose one of {sorted(classes)}")
+    cls = (classes or _VIDEO).get(kinds[0])
+    config = _settings(place, name, cls, **changes)
+    return place, cls or model_class(config, name), config
 
-def check_backbone(name: str, kind: str = "vjepa2"):
+def check_backbone(name: str, kind: str = "any"):
     "Configuration of the backbone `name` (demo, a folder, a hub id, a `.pt` file) of a `kind` in `KINDS`: proven by headers alone, before anything is loaded."
     return read_checkpoint(local(name)).config if is_checkpoint(name) else _configured(name, KINDS[kind])[2]
 
-def _load(name, classes, prefix, **changes):
-    "The model `prefix` of the file `name`, of one of `classes`, every tensor accounted for; `changes` are of its configuration."
+def _load(name, classes=None, prefix="", **changes):
+    "The model `prefix` of the folder `name`, of one of `classes` (any without them), every tensor accounted for; `changes` are of its configuration."
     place, cls, config = _configured(name, classes, **changes)
-    model, info = cls.from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True)
+    model, info = cls.from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = {k: sorted(n for n in map(str, info[k]) if not re.search(_TABLES, n)) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         first = "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items() if v)
@@ -181,15 +190,26 @@ def compile_layers(backbone: nn.Module) -> Callable:
             for m in layers: vars(m).pop("forward", None)
     return fast
 
-def load_backbone(name: str, size: int = None, depth: int = None, drop_path: float = 0., heads: int = None) -> VJEPA2Model:
-    """V-JEPA 2 video or 2.1 encoder (arXiv 2506.09985) from `"demo"`, a local transformers folder, a hub id or a `.pt` file of Meta's layout, in fp32 and evaluation mode.
+def _other_encoder(name: str, size: int = None, **changes) -> Encoder:
+    "The encoder `name` of another class than V-JEPA 2, every tensor accounted for; `changes` are V-JEPA 2's and are refused."
+    place, kind, _ = _configured(name)
+    if asked := sorted(k for k, v in changes.items() if v):
+        raise ValueError(f"{' and '.join(asked)} change the layers of a V-JEPA 2, and backbone {name!r} is a {kind.__name__}: leave them out")
+    return Encoder(_load(name), size or 0, name, place)
+
+def load_backbone(name: str, size: int = None, depth: int = None, drop_path: float = 0., heads: int = None) -> VJEPA2Model | Encoder:
+    """Encoder from `"demo"`, a local transformers folder, a hub id or a `.pt` file of Meta's layout, in fp32 and evaluation mode: V-JEPA 2 or 2.1
+    (arXiv 2506.09985), or an `Encoder` around any other vision encoder of transformers.
 
     `(B, T, 3, H, W)` normalised pixels -> `get_vision_features` -> `(B, T/2 * H/16 * W/16, D)` tokens ordered by time, row, column.
     `size` reads frames of other sizes (rotary positions go on), `depth` keeps the first layers, `drop_path` skips layers at random in
-    training (arXiv 1603.09382), `heads` is for a `.pt` file of no released size (`checkpoints`). Raises `FileNotFoundError` where there is nothing to load and `ValueError` unless every tensor of the file matches."""
-    if heads and not is_checkpoint(name): raise ValueError(f"backbone {name!r} has a config.json, which tells its heads: leave heads out")
+    training (arXiv 1603.09382), `heads` is for a `.pt` file of no released size (`checkpoints`). Raises `FileNotFoundError` where there is
+    nothing to load and `ValueError` unless every tensor of the file matches."""
+    config, file = check_backbone(name), is_checkpoint(name)
+    if heads and not file: raise ValueError(f"backbone {name!r} has a config.json, which tells its heads: leave heads out")
+    if not isinstance(config, VJEPA2Config): return _other_encoder(name, size, depth=depth, drop_path=drop_path)
     changes = {k: v for k, v in dict(crop_size=size, drop_path_rate=drop_path).items() if v}
-    model = load_checkpoint(local(name), heads=heads, **changes) if is_checkpoint(name) else _load(name, _VIDEO, "vjepa2", **changes)
+    model = load_checkpoint(local(name), heads=heads, **changes) if file else _load(name, _VIDEO, "vjepa2", **changes)
     layers, patch = len(model.encoder.layer), model.config.patch_size
     if size and size % patch: raise ValueError(f"frames of {size} pixels do not fill patches of {patch}: choose a multiple")
     if depth:
@@ -203,15 +223,21 @@ def load_frames(frames: str | dict) -> Swinv2Model:
 
 def input_size(backbone: str | dict) -> int:
     "Pixels a side that a backbone was made for; `backbone` as `build_model` takes it."
-    if isinstance(backbone, str): return check_backbone(backbone).crop_size
+    if isinstance(backbone, str):
+        config = check_backbone(backbone)
+        return config.crop_size if hasattr(config, "crop_size") else image_size(config, _find(backbone))
     if backbone["kind"] == "window_vit": return backbone.get("size", 256)
-    frames = backbone.get("frames", backbone.get("model"))
-    return frames.get("image_size", 224) if isinstance(frames, dict) else check_backbone(frames, backbone["kind"]).image_size
+    frames = backbone["frames"]
+    return frames.get("image_size", 224) if isinstance(frames, dict) else check_backbone(frames, "swin").image_size
 
 def depth_of(backbone: str | dict) -> int:
-    "Layers of a backbone; `backbone` as `build_model` takes it, with a folder or a hub id."
-    if isinstance(backbone, str): return check_backbone(backbone).num_hidden_layers
-    return check_backbone(backbone.get("frames", backbone.get("model")), backbone["kind"]).num_hidden_layers
+    "Layers of a backbone; `backbone` as `build_model` takes it, with a folder, a file or a hub id."
+    return layers_in(check_backbone(backbone) if isinstance(backbone, str) else check_backbone(backbone["frames"], "swin"))
+
+def backbone_cards(backbone: str | dict) -> list[dict]:
+    "What the card of each folder says that `backbone`, as `build_model` takes it, is loaded from; none where all weights are drawn."
+    named = [backbone] if isinstance(backbone, str) else [backbone[k] for k in ("video", "frames") if isinstance(backbone.get(k), str)]
+    return [dict(name=name) | read_card(local(name).parent if is_checkpoint(name) else _find(name)) for name in named]
 
 # %% ../nbs/lib/08_models.ipynb #cb7d440f
 def fingerprint(model: nn.Module) -> str:
@@ -299,26 +325,42 @@ class Dropout(nn.Dropout):
 LORA_TARGETS = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 _ALIASES = LORA_TARGETS | {v.split(".")[1]: v for v in LORA_TARGETS.values()}
 
-def add_lora(backbone: VJEPA2Model, rank: int, alpha: float = None, dropout: float = 0.1, targets=("q", "v"), layers=(), predictor: bool = False) -> VJEPA2Model:
+def _adaptable(config, targets, layers) -> list[Projection]:
+    "The projections of an `Encoder` with `config` that `targets` name, in `layers` (all where none are given); `ValueError` where it has no such."
+    there, asked = config.projections, [LONG_NAMES.get(t, t) for t in targets]
+    unknown = [t for t in asked if t not in there]
+    if unknown or not asked:
+        fused = " (its query, key and value are one matrix, qkv)" if "qkv" in there else ""
+        raise ValueError(f"unknown LoRA targets {unknown or 'none given'} in a {config.model_type}{fused}: choose from {sorted(there)}")
+    return [p for t in dict.fromkeys(asked) for p in there[t] if not layers or p.layer in layers]
+
+def add_lora(backbone: VJEPA2Model | Encoder, rank: int, alpha: float = None, dropout: float = 0.1, targets=("q", "v"), layers=(), predictor: bool = False) -> VJEPA2Model | Encoder:
     """Freeze `backbone` and inject LoRA adapters in place; `alpha` defaults to twice the rank, `layers` to all.
 
     `predictor=True` also adapts the predictor, whose output nothing reads: only to count what the record counted.
     Raises `ValueError` for an unknown target or layer."""
-    unknown = [t for t in targets if t not in _ALIASES]
-    if unknown or not targets: raise ValueError(f"unknown LoRA targets {unknown or 'none given'}: choose from {sorted(_ALIASES)}")
     depth = backbone.config.num_hidden_layers
     bad = [i for i in layers if not 0 <= i < depth]
     if bad: raise ValueError(f"no encoder layers {bad}: choose from 0..{depth - 1}")
-    where = r"(encoder|predictor)" if predictor else "encoder"
-    which = "|".join(map(str, layers)) if layers else r"\d+"
-    names = "|".join(re.escape(_ALIASES[t]) for t in targets)
     config = LoraConfig(r=rank, lora_alpha=2*rank if alpha is None else alpha, lora_dropout=dropout, bias="none",
-                        target_modules=rf"{where}\.layer\.({which})\.({names})")
-    backbone = inject_adapter_in_model(config, backbone)
+                        target_modules=_target_names(backbone, targets, layers, predictor))
+    inject_adapter_in_model(config, backbone.model if isinstance(backbone, Encoder) else backbone)
     for m in backbone.modules():
         if dropout and isinstance(m, LoraLayer): m.lora_dropout["default"] = Dropout(dropout)
     for n, p in backbone.named_parameters(): p.requires_grad_("lora_" in n)
     return backbone
+
+def _target_names(backbone, targets, layers, predictor: bool) -> str:
+    "A regular expression of the names of the modules to adapt."
+    if isinstance(backbone, Encoder):
+        if predictor: raise ValueError(f"a {type(backbone.model).__name__} has no predictor to adapt: leave predictor out")
+        return "|".join(re.escape(p.name) for p in _adaptable(backbone.config, targets, layers))
+    unknown = [t for t in targets if t not in _ALIASES]
+    if unknown or not targets: raise ValueError(f"unknown LoRA targets {unknown or 'none given'}: choose from {sorted(_ALIASES)}")
+    where = r"(encoder|predictor)" if predictor else "encoder"
+    which = "|".join(map(str, layers)) if layers else r"\d+"
+    names = "|".join(re.escape(_ALIASES[t]) for t in targets)
+    return rf"{where}\.layer\.({which})\.({names})"
 
 def lora_modules(model: nn.Module) -> dict[str, int]:
     "The adapted modules of `model` and the trainable parameters of each, by name."
@@ -326,6 +368,9 @@ def lora_modules(model: nn.Module) -> dict[str, int]:
 
 def lora_size(config: VJEPA2Config, rank: int, targets=("q", "v"), layers=(), predictor: bool = False) -> tuple[int, int]:
     "Modules and parameters that LoRA must have, from the shapes alone: rank * (inputs + outputs) a module of the encoder, and of the predictor."
+    if hasattr(config, "projections"):
+        chosen = _adaptable(config, targets, layers)
+        return len(chosen), rank*sum(p.wide for p in chosen)
     chosen, modules, parameters = {_ALIASES[t] for t in targets}, 0, 0
     for part in ("", "pred_") if predictor else ("",):
         d, depth = getattr(config, f"{part}hidden_size"), getattr(config, f"{part}num_hidden_layers")
@@ -346,14 +391,19 @@ def count_lora(rank: int, targets, predictor: bool = False, config: VJEPA2Config
 def upper_layers(backbone: str, share: float) -> list[int]:
     "Numbers of the last `share` of the encoder layers of a backbone by name, rounded, at least one: a quarter of 24 are 18 to 23."
     if not 0 < share <= 1: raise ValueError(f"a share of {share} of the layers: choose more than 0 and at most 1")
-    depth = check_backbone(backbone).num_hidden_layers
+    depth = depth_of(backbone)
     return list(range(depth - max(1, round(share*depth)), depth))
 
 def projections_proof(backbone: VJEPA2Model, targets, slip: bool = False) -> Proof:
     "Proof that exactly the projections `targets` have adapters, as Exp10b's keys had not."
     there = lora_modules(backbone)
-    wanted, seen = {_ALIASES[t] for t in targets}, {".".join(n.split(".")[-2:]) for n in there}
-    def words(names): return " ".join(k for k, v in LORA_TARGETS.items() if v in names) or "none"
+    if isinstance(backbone, Encoder):
+        wanted = {LONG_NAMES.get(t, t) for t in targets}
+        seen = {kind for kind, ps in backbone.config.projections.items() for p in ps if f"model.{p.name}" in there}
+        def words(names): return " ".join(k for k in PROJECTIONS if k in names) or "none"
+    else:
+        wanted, seen = {_ALIASES[t] for t in targets}, {".".join(n.split(".")[-2:]) for n in there}
+        def words(names): return " ".join(k for k, v in LORA_TARGETS.items() if v in names) or "none"
     return Proof("adapted projections", words(wanted), f"{words(seen)}: {len(there)} modules, {sum(there.values()):,} parameters", seen == wanted, slip)
 
 def idle_proof(backbone: VJEPA2Model, slip: bool = False) -> Proof:
@@ -600,35 +650,9 @@ def stage_proof(encoder: Hybrid, stage: int) -> Proof:
                  (places, channels, len(encoder.frames.encoder.layers)) == (side**2, wide, stage))
 
 # %% ../nbs/lib/08_models.ipynb #3b3913d4
-class Video(nn.Module):
-    "Another video transformer of transformers that gives tokens `(B, N, D)`, VideoMAE (arXiv 2203.12602) for one; from a folder, a hub id, or a configuration."
-    def __init__(self, model: str | dict, train: bool = False):
-        super().__init__()
-        self.video = VideoMAEModel(VideoMAEConfig(**model)) if isinstance(model, dict) else _load(model, _OTHER_VIDEO, "videomae")
-        self.config = SimpleNamespace(hidden_size=self.video.config.hidden_size, num_attention_heads=self.video.config.num_attention_heads,
-                                      tubelet_size=self.video.config.tubelet_size, patch_size=self.video.config.patch_size, crop_size=self.video.config.image_size)
-        self.video.requires_grad_(train)
-
-    def gradient_checkpointing_enable(self, kwargs=None): self.video.gradient_checkpointing_enable(kwargs)
-
-    def get_vision_features(self, video):
-        wanted = (self.video.config.num_frames, self.config.crop_size)
-        if (video.shape[1], video.shape[-1]) != wanted: raise ValueError(f"clips of {video.shape[1]} frames of {video.shape[-1]} pixels, but this model was made for {wanted[0]} of {wanted[1]}")
-        return self.video(video).last_hidden_state
-
-class Images(_Frames):
-    "`(B, T, 3, H, W)` -> `(B, T, D)`: the class token of each frame by an image transformer such as DINOv3 (arXiv 2508.10104) or DINOv2; nothing between frames."
-    def __init__(self, frames: str | dict, train_frames: bool = False):
-        nn.Module.__init__(self)
-        self.frames = Dinov2Model(Dinov2Config(**frames)) if isinstance(frames, dict) else _load(frames, _IMAGES, "model")
-        self.frames.requires_grad_(train_frames)
-        self.config = SimpleNamespace(hidden_size=self.frames.config.hidden_size, num_attention_heads=self.frames.config.num_attention_heads, tubelet_size=1)
-
-    def get_vision_features(self, video): return self.frames(video.flatten(0, 1)).last_hidden_state[:, 0].unflatten(0, video.shape[:2])
-
 DEMO_FRAMES = dict(image_size=64, embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], window_size=4)     # a SwinV2 for a try, with random weights
 
-ENCODERS = {"window_vit": WindowViT, "hybrid": Hybrid, "swin": SwinFrames, "videomae": Video, "images": Images}
+ENCODERS = {"window_vit": WindowViT, "hybrid": Hybrid, "swin": SwinFrames}
 
 # %% ../nbs/lib/08_models.ipynb #60ab3ce4
 def spaced_layers(depth: int, n: int) -> list[int]:
@@ -702,19 +726,17 @@ POOLERS = {   # name -> (width of a token, heads of the backbone, classes) -> mo
     "mean": lambda dim, heads, classes: MeanPooler(),
     "lstm": lambda dim, heads, classes: LSTMPooler(dim)}
 
-PIXELS = {"imagenet": "ImageNet's mean and deviation",
-          "swincvs": "ImageNet's mean and deviation in reverse channel order, then each frame from 0 to 1"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXELS = {"imagenet": Pixels(),
+          "swincvs": Pixels(_MEAN[::-1], _STD[::-1], "ImageNet, channels in reverse order, then each frame from 0 to 1", stretched=True)}
 
 class Normalise(nn.Module):
-    "uint8 pixels `(..., 3, H, W)` -> floats as `PIXELS` says: by ImageNet's mean and deviation, or as SwinCVS has them; what is float already passes."
-    def __init__(self, pixels: str = "imagenet"):
+    "uint8 pixels `(..., 3, H, W)` -> floats as `pixels` says, by ImageNet's mean and deviation by default; what is float already passes."
+    def __init__(self, pixels: Pixels = Pixels()):
         super().__init__()
-        if pixels not in PIXELS: raise ValueError(f"unknown pixels {pixels!r}: choose from {sorted(PIXELS)}")
-        self.stretched = pixels == "swincvs"
-        for name, values in dict(mean=_MEAN, std=_STD).items():
-            values = values[::-1] if pixels == "swincvs" else values
-            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
+        self.stretched = pixels.stretched
+        self.register_buffer("mean", 255 * torch.tensor(pixels.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(pixels.std)[:, None, None], persistent=False)
 
     def forward(self, video):
         if video.is_floating_point(): return video
@@ -730,7 +752,7 @@ class VideoClassifier(nn.Module):
 
     Pixels are normalised here, on the device, as `pixels` says. A backbone without trainable weights runs without gradients."""
     def __init__(self, backbone: nn.Module, pooler: nn.Module, head: nn.Module, decoder: nn.Module = None, visible: Visible = None,
-                 auxiliary: nn.Module = None, pixels: str = "imagenet"):
+                 auxiliary: nn.Module = None, pixels: Pixels = Pixels()):
         super().__init__()
         self.backbone, self.pooler, self.head, self.decoder, self.visible, self.auxiliary, self.spec = backbone, pooler, head, decoder, visible, auxiliary, {}
         self.normalise = Normalise(pixels)
@@ -776,12 +798,30 @@ def _encoder(backbone: str | dict, **changes) -> nn.Module:
 
 def _grid(encoder) -> tuple[int, int]:
     "Rows and columns of the encoder's tokens."
-    if not hasattr(encoder.config, "crop_size"):
+    if _whole_frames(encoder):
         raise ValueError(f"a {type(encoder).__name__} has one token a frame and nothing to segment from: leave the decoder out")
     side = encoder.config.crop_size // encoder.config.patch_size
     return side, side
 
+def _whole_frames(encoder) -> bool: return getattr(encoder.config, "crop_size", 0) == getattr(encoder.config, "patch_size", 0)    # one token a bin
+
+def _refuse_for(encoder, **asked):
+    "`ValueError` where what was `asked` is there for a V-JEPA 2 alone and `encoder` is something else."
+    asked = [name for name, value in asked.items() if value]
+    if not asked or isinstance(encoder, VJEPA2Model): return
+    what = f"a {type(encoder.model).__name__}" if isinstance(encoder, Encoder) else f"a {type(encoder).__name__}, which says itself what it trains and reads"
+    raise ValueError(f"{', '.join(asked)}: for a V-JEPA 2 by name alone, and this backbone is {what}: leave them out")
+
 # %% ../nbs/lib/08_models.ipynb #bd78e15b
+def _pixels_for(encoder: nn.Module, pixels: str | None) -> Pixels:
+    "What `pixels` (a name of `PIXELS`, or None) means for `encoder`; `ValueError` for an unknown name, or where a frame encoder was trained on others."
+    if pixels not in (None, *PIXELS): raise ValueError(f"unknown pixels {pixels!r}: choose from {sorted(PIXELS)}")
+    theirs = getattr(getattr(getattr(encoder, "frames", None), "config", None), "pixels", None)
+    if pixels and theirs and pixels != theirs:
+        raise ValueError(f"the frame encoder was trained on pixels {theirs!r}: pass pixels {theirs!r}, not {pixels!r}")
+    if pixels or theirs: return PIXELS[pixels or theirs]
+    return getattr(encoder.config, "pixels", Pixels())
+
 def build_model(
     backbone: str | dict = "demo",  # what `load_backbone` loads, frozen; or dict(kind=one of `ENCODERS`, its arguments)
     pooler: str = "attention",      # one of `POOLERS`
@@ -796,7 +836,7 @@ def build_model(
     reading: dict = None,           # another reading of its tokens: arguments of `Reading`
     visible: dict = None,           # also say what is in view: arguments of `Visible`
     auxiliary: bool = False,        # also classify the last frame by itself, as SwinCVS does; for encoders of one token a frame
-    pixels: str = "imagenet",       # how pixels become numbers: one of `PIXELS`
+    pixels: str = None,             # how pixels become numbers: one of `PIXELS`; None: as the backbone was trained
 ) -> VideoClassifier:
     "The classifier from plain values, which `model.spec` keeps: they build the same model again."
     if pooler not in POOLERS: raise ValueError(f"unknown pooler {pooler!r}: choose from {sorted(POOLERS)}")
@@ -804,10 +844,9 @@ def build_model(
     if hidden is None: hidden = 0 if pooler == "official" else 512
     spec = {k: v for k, v in locals().items()}
     encoder = _encoder(backbone, **(changes or {}))
-    if (theirs := getattr(getattr(getattr(encoder, "frames", None), "config", None), "pixels", pixels)) != pixels:
-        raise ValueError(f"the frame encoder {backbone['frames']!r} was trained on pixels {theirs!r}: pass pixels {theirs!r}, not {pixels!r}")
-    if not isinstance(encoder, VJEPA2Model) and (lora or unfrozen or reading):
-        raise ValueError(f"lora, unfrozen and reading are for a V-JEPA 2 by name, {backbone['kind']!r} says itself what it trains and reads: leave them out")
+    how, other = _pixels_for(encoder, pixels), isinstance(encoder, Encoder)
+    _refuse_for(encoder, lora=lora and not other, unfrozen=unfrozen, reading=reading, attention=attention and other, masked_tokens=masked_tokens and other)
+    if other and pooler == "lstm": encoder.one_a_frame()           # it reads a sequence
     if lora: encoder = add_lora(encoder, **lora)
     if unfrozen: encoder = unfreeze(encoder, **unfrozen)
     if attention: set_attention(encoder, **attention)
@@ -816,19 +855,20 @@ def build_model(
     if decoder and reading and reading.get("centre"): raise ValueError("a decoder segments whole frames: leave out centre, or the decoder")
     dim = encoder.config.hidden_size
     pool = POOLERS[pooler](dim, encoder.config.num_attention_heads, classes)
-    if auxiliary and encoder.config.tubelet_size != 1: raise ValueError(f"a {type(encoder).__name__} has no token of the last frame alone: leave auxiliary out")
+    if auxiliary and (encoder.config.tubelet_size != 1 or not _whole_frames(encoder)): raise ValueError(f"a {type(encoder).__name__} has no token of the last frame alone: leave auxiliary out")
     width, skips = getattr(pool, "width", dim), 1 + len((reading or {}).get("layers", ()))
     head = nn.Sequential(nn.Linear(width, classes)) if pooler == "official" else mlp_head(width, hidden, classes)
     model = VideoClassifier(encoder, pool, head, SegDecoder(dim*skips, _grid(encoder)) if decoder else None,
-                            Visible(width, classes, **visible) if visible is not None else None, nn.Linear(dim, classes) if auxiliary else None, pixels)
+                            Visible(width, classes, **visible) if visible is not None else None, nn.Linear(dim, classes) if auxiliary else None, how)
     model.spec = spec
     return model
 
-_FAMILIES = dict(videomae=(VideoMAEModel,), images=(Dinov2Model, DINOv3ViTModel))
-
-def _family_proof(encoder, kind):
-    inner = next((m for m in (getattr(encoder, "video", None), getattr(encoder, "frames", None)) if m is not None), encoder)
-    return Proof("family", kind, f"{type(inner).__name__}, {sum(p.numel() for p in inner.parameters()):,} parameters", isinstance(inner, _FAMILIES[kind]))
+def backbone_proof(encoder: nn.Module, name: str) -> Proof:
+    "Proof that `encoder` is what the backbone `name` holds: its class, as its config.json says, and its width and layers."
+    asked = check_backbone(name)
+    inner = next((m for m in (getattr(encoder, "video", None), getattr(encoder, "model", None)) if m is not None), encoder)
+    there, seen = (f"{c.model_type} of width {getattr(c, 'hidden_size', 0)}" for c in (getattr(asked, "vision_config", asked), inner.config))
+    return Proof("backbone", f"{there}, of {name}", f"{type(inner).__name__}, {seen}, {sum(p.numel() for p in inner.parameters()):,} parameters", there == seen)
 
 # %% ../nbs/lib/08_models.ipynb #15cbfdbb
 def _pooler_proof(pooler, asked, classes):
@@ -860,7 +900,12 @@ def _kept_proof(model, video, keep):
     return Proof("kept frames", f"{keep} that differ most", f"of {frames}, {'those' if same else 'not those'} at which a clip jumps", same)
 
 def _shape_proofs(model, vision, changes, reading, video):
-    "Depth, dropped paths, and tokens of a V-JEPA 2 with `changes` and another `reading`."
+    "Depth, dropped paths, and tokens of a V-JEPA 2 with `changes` and another `reading`; of another encoder its tokens at another size."
+    if vision is None:
+        tokens = model.backbone.read(model.normalise(video))
+        side = changes["size"] // model.backbone.config.patch_size
+        yield Proof("tokens", f"{tokens.grid[0]} bins of {side} x {side}", f"{tokens.patches.shape[1]:,} on a grid of {tokens.grid}", tokens.grid[1:] == (side, side) and changes["size"] == model.backbone.config.crop_size)
+        return
     if "depth" in changes: yield Proof("depth", f"{changes['depth']} layers", f"{len(vision.encoder.layer)} layers", len(vision.encoder.layer) == changes["depth"])
     if "drop_path" in changes:
         rates = [m.drop_prob for m in vision.encoder.modules() if isinstance(m, VJEPA2DropPath)]
@@ -877,7 +922,7 @@ def _shape_proofs(model, vision, changes, reading, video):
 def idea_proofs(model: VideoClassifier, spec: dict, video: torch.Tensor) -> list[Proof]:
     "Proof of what `spec` (arguments of `build_model`) asks of the model besides adapters and interventions; `video` is a batch."
     rows, changes, reading = [], spec.get("changes") or {}, spec.get("reading") or {}
-    if isinstance(spec.get("backbone"), dict): rows.append(_family_proof(model.backbone, spec["backbone"]["kind"]))
+    if isinstance(spec.get("backbone"), str): rows.append(backbone_proof(model.backbone, spec["backbone"]))
     if spec.get("pooler", "attention") != "attention": rows.append(_pooler_proof(model.pooler, spec["pooler"], spec.get("classes", 3)))
     vision = next((m for m in model.backbone.modules() if isinstance(m, VJEPA2Model)), None)
     if changes or reading: rows += _shape_proofs(model, vision, changes, reading, video)
@@ -902,7 +947,7 @@ def pixels_proof(model: VideoClassifier, video: torch.Tensor, pixels: str) -> Pr
     model.train(mode)
     off = (seen - wanted).abs().max().item()
     words = f"frames from {seen.min().item():.3g} to {seen.max().item():.3g}, {off:.1g} from that; tokens {apart:.1g} from those of it"
-    return Proof("pixels", PIXELS[pixels], words, off < 1e-4 and apart < 1e-2)
+    return Proof("pixels", PIXELS[pixels].source, words, off < 1e-4 and apart < 1e-2)
 
 # %% ../nbs/lib/08_models.ipynb #a94c17d3
 def check_frames_folder(folder: str) -> Path:
@@ -917,7 +962,7 @@ def save_frames(model: VideoClassifier, folder: str) -> str:
     if not isinstance(model.backbone, SwinFrames):
         raise ValueError(f"a {type(model.backbone).__name__} has no whole SwinV2 to save: train one with arm frames or swincvs")
     place, swin = check_frames_folder(folder), model.backbone.frames
-    swin.config.pixels = model.spec["pixels"]
+    swin.config.pixels = model.spec["pixels"] or "imagenet"
     with tempfile.TemporaryDirectory() as half:
         swin.save_pretrained(half)
         for name in ("model.safetensors", "config.json"): atomic(place/name, lambda tmp: shutil.copyfile(Path(half)/name, tmp))

@@ -130,9 +130,9 @@ PLACES = ("data", "backbone", "frames", "masks", "checkpoint", "checkpoints")
 
 def _kind(name: str, given: dict, known: dict) -> str:
     "The kind of model (`models.KINDS`) that the parameter `name` of a run names, or nothing where this run uses none."
-    value = lambda key, otherwise: given.get(key, ast.literal_eval(known[key]["default"])) if key in known else otherwise
     if name == "frames": return "swin"
-    return value("family", "vjepa2") if value("arm", "hybrid") == "hybrid" else ""
+    if "arm" not in known: return "any"
+    return "vjepa2" if given.get("arm", ast.literal_eval(known["arm"]["default"])) == "hybrid" else ""
 
 def _missing(name: str, value: str, kind: str = "") -> str:
     "What is wrong with the place `value` that the parameter `name` points at, or nothing; `kind` as `_kind` gives it."

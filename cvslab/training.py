@@ -33,9 +33,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .attention import attention_proofs, encoder_of, has_anatomy, plan_proof, reads_mask
 from .core import Proof, Run, atomic, byte_size, derive_seed, digest, free_bytes, main_process, rel, root, seed_all
+from .endoscapes import Protocol
 from .metrics import BY_VIDEO, CRITERIA, ap_per_criterion, check_comparable, compare, input_differences, protocol_differences, score_cvs
-from .models import ENCODERS, POOLERS, VideoClassifier, build_model, compile_layers, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
+from .models import ENCODERS, POOLERS, VideoClassifier, backbone_cards, build_model, compile_layers, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
 from .objectives import LossTerm
+from .provenance import leakage_of
 from .storage import Mirror
 
 # %% ../nbs/lib/10_training.ipynb #9ee3e0a8
@@ -415,6 +417,28 @@ def _transform_proof(batch, recipe):
     return Proof("augmentation", "pixels that change", f"{pixels:.1%} of pixels, in {clips:.0%} of clips", pixels > 0)
 
 # %% ../nbs/lib/10_training.ipynb #305182a0
+def _backbones(model: VideoClassifier, run: Run, split: str) -> list[dict]:
+    "The card of each backbone of `model`, with `leakage`: whether it has seen videos of the `split` to report."
+    evaluated, found = (run.data or {}).get("dataset", "Endoscapes"), []
+    for card in backbone_cards(model.spec.get("backbone", {})):
+        verdict = leakage_of(card["datasets"], evaluated, split, card["base_model"])
+        found.append(card | getattr(model.backbone, "card", {}) | dict(leakage=dict(state=verdict.state, evaluated=f"{evaluated} {split}", reasons=verdict.reasons)))
+    return found
+
+def _leakage_proof(card: dict, allowed: str) -> Proof:
+    "Proof that a backbone has seen no video of the split to report, or that `allowed` says that it may have."
+    found, name = card["leakage"], card["name"]
+    seen = f"{found['state']}: {'; '.join(found['reasons'])}"
+    leaks = found["state"] == "leak" and allowed != "allow"
+    if leaks: seen += ". Report another split, or pass -p leakage allow: it then runs and is marked"
+    if found["state"] == "unverified": print(f"note: whether backbone {name!r} has seen videos of {found['evaluated']} is unverified: {'; '.join(found['reasons'])}")
+    return Proof("leakage", f"{allowed} a backbone that has seen videos of {found['evaluated']}", f"{name} is {seen}", not leaks)
+
+def _marks(cards: list[dict]) -> str:
+    "What the leaderboard must say of the backbones of a run; empty where all are clean."
+    words = dict(leak="leakage allowed", unverified="leakage unverified")
+    return "; ".join(f"{words[c['leakage']['state']]}: {c['name']}, {'; '.join(c['leakage']['reasons'])}" for c in cards if c["leakage"]["state"] in words)
+
 def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, proofs: list[Proof] = ()) -> pd.DataFrame:
     """Prove on the first batch that every knob turns, write `applied.json` and return the table; `PreflightError` if one does not.
 
@@ -430,6 +454,7 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     if "pooler" in model.spec: rows.append(_head_proof(model))
     if model.spec.get("lora"): rows.append(_lora_proof(model))
     if isinstance(model.spec.get("backbone"), dict): rows += _encoder_proofs(model, batch["video"].shape[1])
+    rows += [_leakage_proof(card, run.params.get("leakage", "refuse")) for card in _backbones(model, run, run.params.get("split", "val"))]
     if model.spec.get("attention") or model.spec.get("masked_tokens"): rows += _attention_proofs(model, train, recipe, device)
     full = False
     try: rows += _loss_proofs(model, batch, recipe, acc)
@@ -862,6 +887,8 @@ def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protoc
                                  clips_per_second=round(cost["epochs"] * len(Order(len(datasets["train"]), recipe.batch_size)) / cost["seconds"], 2),
                                  peak_memory_gb=round(memory / 2**30, 3))
     if split != "val": result["selection"] = task.score(tables["val"])
+    result["backbone"] = _backbones(model, run, split)
+    if marks := _marks(result["backbone"]): result["note"] = "; ".join(filter(None, [result.get("note"), marks]))
     run.save("metrics.json", result)
     if main_process() and (mirror := Mirror.of(run.dir)): mirror.push()
     accelerator(recipe).wait_for_everyone()
