@@ -361,7 +361,7 @@ def _folder_contents(folder: Path, names: set, pool: ThreadPoolExecutor) -> dict
     return found
 
 def contents(folder, names, threads: int = None) -> dict[str, str]:
-    """Name -> digest of the bytes of each of the files `names` in `folder` (`train/1_25.jpg` for one in a folder of it).
+    """Name -> digest of the bytes of each of the files `names` in `folder` (`train/1_25.jpg` if one lies deeper).
 
     Read is only what is new or was touched since the last look; raises `FileNotFoundError` naming what is not there."""
     names, places = list(names), {}
