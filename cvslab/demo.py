@@ -12,7 +12,7 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import files
-from itertools import repeat
+from itertools import chain, repeat
 from math import cos, pi, sin
 from multiprocessing import get_context
 from pathlib import Path
@@ -102,36 +102,42 @@ def _curve(a, b, c, n=16):
     return (1 - t)**2*a + 2*t*(1 - t)*b + t**2*c
 
 def _ribbon(path, width):
+    "The outline (..., 2n, 2) of a band along `path` (n, 2) that is `width` wide: one number, or (..., n), one at each point."
     along = np.empty_like(path)
     along[1:-1], along[0], along[-1] = path[2:] - path[:-2], path[1] - path[0], path[-1] - path[-2]
-    side = along[:, ::-1]*(-.5, .5)/np.hypot(*along.T)[:, None]*np.reshape(width, (-1, 1))
-    return np.concatenate([path + side, (path - side)[::-1]])
+    side = along[:, ::-1]*(-.5, .5)/np.hypot(*along.T)[:, None]*np.asarray(width)[..., None]
+    return np.concatenate([path + side, (path - side)[..., ::-1, :]], axis=-2)
 
-def _lump(centre, radius, bumps, squash=.8):
-    outline = 1 + .12*np.sin(3*_TURN + bumps) + .08*np.sin(2*_TURN + 5*bumps)
-    return centre + _CIRCLE*[radius, radius*squash]*outline[:, None]
+def _lumps(radius, bumps, squash=.8):
+    "Outlines (k, 16, 2) of lumps around the origin, from their radii and shapes (k,)."
+    outline = 1 + .12*np.sin(3*_TURN + bumps[:, None]) + .08*np.sin(2*_TURN + 5*bumps[:, None])
+    return _CIRCLE*np.stack([radius, radius*squash], 1)[:, None]*outline[..., None]
+
+def _flat(points, colour):
+    "One polygon as a stack."
+    return points[None], [colour]
 
 def _body(points, colour, shine=.45, steps=4):
-    "A rounded object: its outline in a darker tone, then smaller and lighter towards the light."
-    middle, reach = points.mean(0), np.ptp(points, axis=0).max()/2
-    shares = (np.arange(steps)/steps)**1.3
-    tones = [_mix(colour, (50, 20, 15), .15), *(_mix(colour, (255, 240, 225), shine*s) for s in shares[1:])]
-    return [(middle + (points - middle)*(1 - .95*s) + _LIGHT*reach*s*.8, tone) for s, tone in zip(shares, tones)]
+    "A rounded object as a stack: its outline (n, 2) in a darker tone, then smaller and lighter towards the light."
+    middle, reach, shares = points.mean(0), np.ptp(points, axis=0).max()/2, (np.arange(steps)/steps)**1.3
+    tones = [_mix(colour, (50, 20, 15), .15), *(_mix(colour, (255, 240, 225), shine*s) for s in shares[1:].tolist())]
+    share = shares[:, None, None]
+    return middle + (points - middle)*(1 - .95*share) + _LIGHT*reach*share*.8, tones
 
 def _tube(path, width, colour, shine=.6):
-    w = np.mean(width)
-    return [(_ribbon(path, width), _mix(colour, (40, 10, 10), .5)), (_ribbon(path + .3*w*_LIGHT, width*.74), colour),
-            (_ribbon(path + w*_LIGHT, width*.24), _mix(colour, (255, 250, 245), shine))]
+    "A tube along `path` (n, 2) as a stack: dark, then narrower in its colour, then its shine, both shifted towards the light."
+    shift = np.array([0, .3, 1])*np.mean(width)
+    outlines = _ribbon(path, np.array([[1], [.74], [.24]])*width) + shift[:, None, None]*_LIGHT
+    return outlines, [_mix(colour, (40, 10, 10), .5), colour, _mix(colour, (255, 250, 245), shine)]
 
 # %% ../nbs/lib/05_demo.ipynb #389a9f41
 def _tool(tip, origin, width, gape):
-    "A shaft from `origin` to the joint before `tip`, and two jaws."
+    "A shaft from `origin` to the joint before `tip`, and two jaws: three stacks."
     axis = (origin - tip)/np.hypot(*(origin - tip))
     joint, across = tip + .16*axis, gape*np.array([-axis[1], axis[0]])
-    layers = _tube(np.stack([joint, origin]), width, (72, 76, 84), .55)
-    for side in (across, -across):
-        layers += _tube(np.stack([joint, (joint + tip)/2 + .09*side, tip + .05*side]), width*np.array([.62, .42, .2]), (150, 154, 160), .85)
-    return layers
+    jaws = [np.stack([joint, (joint + tip)/2 + .09*side, tip + .05*side]) for side in (across, -across)]
+    return [_tube(np.stack([joint, origin]), width, (72, 76, 84), .55),
+            *(_tube(jaw, width*np.array([.62, .42, .2]), (150, 154, 160), .85) for jaw in jaws)]
 
 # %% ../nbs/lib/05_demo.ipynb #2939e0de
 _LIVER = _points((-.6, -.7), (1.45, -.7), (1.3, .12), (1.02, .36), (.74, .45), (.45, .52), (.2, .66), (-.6, .85))
@@ -149,30 +155,34 @@ def _look(rng, size):
     v = SimpleNamespace()
     def shift(points, sd=.02): return points + rng.normal(0, sd, np.shape(points))
     def lumps(centres, low, high, tone, shine=.45, squash=.8):
-        for centre, radius, bumps in zip(centres, rng.uniform(low, high, len(centres)), rng.uniform(0, 2*pi, len(centres))):
-            yield centre, _body(_lump(0, radius, bumps, squash), _mix(v.colour[tone], _RUST, bumps/8), shine, 3)
-    def stacked(lumps): return [np.stack(x) for x in zip(*((centre, [points for points, _ in layers], [tone for _, tone in layers]) for centre, layers in lumps))]
-    def still(lumps): return [(0, [(centre + points, colour) for points, colour in layers]) for centre, layers in lumps]
+        "Centres (k, 2) of lumps of fat, the stack of each around its centre (k, 3, 16, 2), and the three colours of each."
+        radius, bumps = rng.uniform(low, high, len(centres)), rng.uniform(0, 2*pi, len(centres))
+        colours = [_mix(v.colour[tone], _RUST, share) for share in (bumps/8).tolist()]
+        bodies = [_body(lump, colour, shine, 3) for lump, colour in zip(_lumps(radius, bumps, squash), colours)]
+        return centres, np.stack([outlines for outlines, _ in bodies]), [tones for _, tones in bodies]
+    def still(centres, shapes, tones):
+        "Lumps that never shrink, as one stack."
+        return (centres[:, None, None] + shapes).reshape(-1, 16, 2), [colour for three in tones for colour in three]
 
     v.colour = {name: tuple(int(x) for x in np.clip(shift(rgb, 7), 0, 255)) for name, rgb in _COLOURS.items()}
     v.gallbladder, liver, lobe, omentum = (_smooth(shift(p)) for p in (_GALLBLADDER, _LIVER, _LOBE, _OMENTUM))
     v.duct = _curve(*shift(_points((.9, .56), (.62, .71), (.2, .83)), .015))
     v.artery = _curve(*shift(_points((.98, .4), (.66, .45), (.2, .55)), .015))
-    v.fat = stacked(lumps(v.duct[:13].repeat(2, 0) + rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0), .05, .085, "fat"))
-    v.sheath = stacked(lumps(shift(np.concatenate([v.duct[1:14:2], v.artery[1:14:2]]), .012), .07, .095, "sheath", .4, .62))
+    v.fat = lumps(v.duct[:13].repeat(2, 0) + rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0), .05, .085, "fat")
+    v.sheath = lumps(shift(np.concatenate([v.duct[1:14:2], v.artery[1:14:2]]), .012), .07, .095, "sheath", .4, .62)
     v.fat_until, v.sheath_until = (rng.permutation(np.linspace(.1, .9, len(centres))) for centres, _, _ in (v.fat, v.sheath))
-    v.behind = [(0, [(_points((-3, -3), (5, -3), (5, 4), (-3, 4)), v.colour["belly"])]), (0, _body(liver, v.colour["liver"], .1)),
-                (None, [(lobe + .02, _mix(v.colour["liver"], _DARK, .5))]), (0, _body(lobe, v.colour["lobe"], .16)),
-                (0, _body(omentum, v.colour["fat"], .15))]
+    v.behind = [(0, [_flat(_points((-3, -3), (5, -3), (5, 4), (-3, 4)), v.colour["belly"]), _body(liver, v.colour["liver"], .1)]),
+                (None, [_flat(lobe + .02, _mix(v.colour["liver"], _DARK, .5))]),
+                (0, [_body(lobe, v.colour["lobe"], .16), _body(omentum, v.colour["fat"], .15)])]
     v.triangle = np.concatenate([v.duct, v.artery[::-1]])
     inner = v.triangle.mean(0) + .72*(v.triangle - v.triangle.mean(0))
-    v.structures = [(2, [(v.triangle, _mix(v.colour["window"], (170, 90, 80), .15)), (inner, v.colour["window"])]),
-                    (4, _tube(v.duct, np.linspace(.075, .06, 16), v.colour["duct"])),
-                    (3, _tube(v.artery, np.linspace(.034, .042, 16), v.colour["artery"], .45))]
-    v.veins = [_ribbon(_curve(p, p + (.12, -.05), p + (.3, rng.uniform(-.2, 0)), 9), np.linspace(.012, .003, 9))
-               for p in rng.uniform((.98, .28), (1.2, .5), (4, 2))]
-    v.beside = still(lumps(np.stack([np.linspace(-.1, 1.8, 18), rng.normal(.96, .03, 18)], 1), .07, .13, "fat"))
-    v.beside += still(lumps(np.stack([rng.uniform(0, .27, 7), np.linspace(.5, .92, 7)], 1), .09, .14, "fat"))
+    window = (np.stack([v.triangle, inner]), [_mix(v.colour["window"], (170, 90, 80), .15), v.colour["window"]])
+    v.structures = [(2, [window]), (4, [_tube(v.duct, np.linspace(.075, .06, 16), v.colour["duct"])]),
+                    (3, [_tube(v.artery, np.linspace(.034, .042, 16), v.colour["artery"], .45)])]
+    v.veins = np.stack([_ribbon(_curve(p, p + (.12, -.05), p + (.3, rng.uniform(-.2, 0)), 9), np.linspace(.012, .003, 9))
+                        for p in rng.uniform((.98, .28), (1.2, .5), (4, 2))])
+    v.beside = [still(*lumps(np.stack([np.linspace(-.1, 1.8, 18), rng.normal(.96, .03, 18)], 1), .07, .13, "fat"))]
+    v.beside += [still(*lumps(np.stack([rng.uniform(0, .27, 7), np.linspace(.5, .92, 7)], 1), .09, .14, "fat"))]
     v.glints = shift(_points((1.08, .44), (1.3, .25), (1.45, .4), (.5, .2), (.25, .32), (.6, .97), (1.2, .98)), .04)
     v.zoom, v.tilt, v.centre = rng.uniform(1.05, 1.45), rng.normal(0, .07), shift((.8, .5), .03)
     v.phase, v.smoky = rng.uniform(0, 2*pi, 9), rng.uniform(0, .35)
@@ -191,36 +201,42 @@ def _look(rng, size):
 # %% ../nbs/lib/05_demo.ipynb #39312be4
 def _plate(bed, bare, colour):
     "The cystic plate along the liver bed."
-    if bare < .03: return []
+    if bare < .03:
+        return []
     width = .31*bare*np.sin(np.linspace(.12, pi - .12, len(bed)))**.6
-    return [(1, [(_ribbon(bed, width), _mix(colour, (150, 70, 60), .4)), (_ribbon(bed, width*.86), colour),
-                 (_ribbon(bed + .1*_LIGHT, width*.4), (255, 244, 236))])]
+    outlines = np.stack([_ribbon(bed, width), _ribbon(bed, width*.86), _ribbon(bed + .1*_LIGHT, width*.4)])
+    return [(1, [(outlines, [_mix(colour, (150, 70, 60), .4), colour, (255, 244, 236)])])]
 
 def _covers(v, c1, c2):
-    "Sheath and fat that are not dissected yet."
-    if c2 < .75: yield 0, _body(v.duct[0] + (v.triangle - v.duct[0])*(1 - c2/.8), _mix(v.colour["fat"], _RUST, .4), .2, 3)
+    "Sheath and fat that are not dissected yet, as stacks."
+    if c2 < .75:
+        left = v.duct[0] + (v.triangle - v.duct[0])*(1 - c2/.8)
+        yield _body(left, _mix(v.colour["fat"], _RUST, .4), .2, 3)
     if c1 < .75:
         end = int(16 - 16*c1)
         width = .13*np.sin(np.linspace(.7, pi - .5, 16))[-end:]
-        for path in (v.duct, v.artery): yield 0, _tube(path[:end], width, _mix(v.colour["sheath"], (170, 80, 70), .3), .2)
+        for path in (v.duct, v.artery):
+            yield _tube(path[:end], width, _mix(v.colour["sheath"], (170, 80, 70), .3), .2)
     yield from v.beside
     for (centres, shapes, tones), until, gone in ((v.fat, v.fat_until, c2), (v.sheath, v.sheath_until, c1)):
         left = np.clip((until + .15 - gone)/.3, 0, 1)**.6
-        placed = centres[:, None, None] + left[:, None, None, None]*shapes
-        for i in np.flatnonzero(left > .1): yield 0, list(zip(placed[i], map(tuple, tones[i].tolist())))
+        there = np.flatnonzero(left > .1)
+        placed = centres[there, None, None] + left[there, None, None, None]*shapes[there]
+        yield placed.reshape(-1, 16, 2), [colour for i in there for colour in tones[i]]
 
 def _scene(v, shown, t, rng):
-    "Objects of one frame from back to front: [(class, [(points, colour), ...]), ...]."
+    """The objects of one frame from back to front, `[(class, [stack, ...]), ...]`. A stack is polygons of the same length, from back to
+    front: their corners (k, n, 2) in the world, and their k colours."""
     (c1, c2, c3), colour, phase = shown, v.colour, v.phase
     lift = c3*np.array([.09, .015])
     bed = _curve(v.artery[0] + (-.02, .03), np.array([1, .22]), np.array([1.42, -.1]))
     gallbladder = v.gallbladder + lift*np.clip((v.gallbladder[:, :1] - .85)/.3, 0, 1)
-    veins = [(vein + lift, _mix(colour["gallbladder"], (170, 50, 50), .4)) for vein in v.veins]
+    veins = v.veins + lift, [_mix(colour["gallbladder"], (170, 50, 50), .4)]*len(v.veins)
     grip = np.array([1.33 + .03*sin(t/7 + phase[0]), .33 + .03*sin(t/5 + phase[1])]) + lift
     objects = [*v.behind, *_plate(bed, c3, colour["plate"]), *v.structures,
-               (None, [(gallbladder + (-.015, .02), _mix(colour["liver"], _DARK, .5))]),
-               (5, _body(gallbladder, colour["gallbladder"], .5, 6) + veins),
-               *_covers(v, c1, c2), (6, _tool(grip, np.array([2, -.25 + .1*sin(t/9 + phase[2])]), .085, .35))]
+               (None, [_flat(gallbladder + (-.015, .02), _mix(colour["liver"], _DARK, .5))]),
+               (5, [_body(gallbladder, colour["gallbladder"], .5, 6), veins]),
+               (0, list(_covers(v, c1, c2))), (6, _tool(grip, np.array([2, -.25 + .1*sin(t/9 + phase[2])]), .085, .35))]
     if sin(t/6 + phase[3]) > -.5:
         tip = np.array([.68 + .16*sin(t/3.1 + phase[4]), .66 + .1*sin(t/2.3 + phase[5])]) + rng.normal(0, .012, 2)
         objects.append((6, _tool(tip, np.array([1.75 + .1*sin(t/8 + phase[6]), 1.25]), .075, .12)))
@@ -234,35 +250,42 @@ def _camera(v, t, rng, size):
     turn = zoom*_points((cos(angle), sin(angle)), (-sin(angle), cos(angle)))
     return turn, np.array(size)/2 - centre@turn
 
+def _paint(canvas, stacks, turn, move):
+    "Paint stacks of polygons, seen as `points @ turn + move`, on `canvas`; what lies outside of it is left out."
+    pen, outlines = ImageDraw.Draw(canvas), [outlines for outlines, _ in stacks]
+    sizes = np.repeat([o.shape[1] for o in outlines], [len(o) for o in outlines])
+    corners, ends = np.concatenate([o.reshape(-1, 2) for o in outlines])@turn + move, np.cumsum(sizes)
+    starts = ends - sizes
+    low, high = np.minimum.reduceat(corners, starts), np.maximum.reduceat(corners, starts)
+    seen = ((high > -2) & (low < np.array(canvas.size) + 2)).all(1).tolist()
+    corners, colours = corners.ravel().tolist(), chain.from_iterable(colours for _, colours in stacks)
+    for colour, start, end, shown in zip(colours, (2*starts).tolist(), (2*ends).tolist(), seen):
+        if shown:
+            pen.polygon(corners[start:end], fill=colour)
+
 def _picture(v, objects, camera, t, rng, size):
     "The frame as a PIL image: objects painted at twice the size, then smoke, tissue and light."
     (w, h), (turn, move) = size, camera
-    canvas = Image.new("RGB", (2*w, 2*h))
-    pen = ImageDraw.Draw(canvas)
-    polygons = [layer for _, layers in objects for layer in layers]
-    polygons += [(_lump(c, r, 50*r, .5), (255, 250, 244)) for c, r in zip(v.glints, .014*rng.normal(.7, .5, len(v.glints)).clip(0))]
-    corners, ends = 2*(np.concatenate([points for points, _ in polygons])@turn + move), np.cumsum([len(points) for points, _ in polygons])
-    starts = np.concatenate([[0], ends[:-1]])
-    seen = ((np.maximum.reduceat(corners, starts) > -2) & (np.minimum.reduceat(corners, starts) < np.array(canvas.size) + 2)).all(1)
-    corners = corners.ravel().tolist()
-    for (_, colour), start, end, shown in zip(polygons, (2*starts).tolist(), (2*ends).tolist(), seen.tolist()):
-        if shown: pen.polygon(corners[start:end], fill=colour)
+    canvas, shine = Image.new("RGB", (2*w, 2*h)), (.014*rng.normal(.7, .5, len(v.glints))).clip(0)
+    glints = v.glints[:, None] + _lumps(shine, 50*shine, .5), [(255, 250, 244)]*len(v.glints)
+    _paint(canvas, [*(stack for _, stacks in objects for stack in stacks), glints], 2*turn, 2*move)
     x, y = int(w*(.25 + .12*sin(t/17 + v.phase[1]))), int(h*(.25 + .12*sin(t/14 + v.phase[2])))
     drift = int(w*(.5 + .5*sin(t/9 + v.phase[8])))
-    smoke = np.clip(v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, 3*drift:3*(drift + w)], 0, .6)                 # channels beside each other: no short loops
+    smoke = v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, 3*drift:3*(drift + w)]    # channels beside each other: no short loops
+    smoke.clip(0, .6, out=smoke)
     pixels = np.asarray(canvas.reduce(2), np.float32).reshape(h, 3*w)
-    pixels = (pixels + smoke*(190 - pixels))*v.light*v.tissue[y:y+h, 3*x:3*(x + w)]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).reshape(h, w, 3))
+    smoke *= 190 - pixels
+    smoke += pixels
+    smoke *= v.light
+    smoke *= v.tissue[y:y+h, 3*x:3*(x + w)]
+    return Image.fromarray(smoke.clip(0, 255, out=smoke).astype(np.uint8).reshape(h, w, 3))
 
 def _instances(objects, camera, size):
     "What is seen of each object: (h, w) of indices into `objects`, and the mask class of each index."
     assert len(objects) < 256
-    turn, move = camera
     canvas = Image.new("L", size)
-    pen = ImageDraw.Draw(canvas)
-    for i, (label, layers) in enumerate(objects):
-        if label is None: continue
-        for points, _ in layers: pen.polygon((points@turn + move).ravel().tolist(), fill=i)
+    _paint(canvas, [(outlines, [i]*len(outlines)) for i, (label, stacks) in enumerate(objects) if label is not None
+                    for outlines, _ in stacks], *camera)
     return np.asarray(canvas), np.array([label or 0 for label, _ in objects], np.uint8)
 
 # %% ../nbs/lib/05_demo.ipynb #da6f2a71
