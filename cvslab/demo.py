@@ -12,7 +12,7 @@ from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import files
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from math import cos, pi, sin
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +38,8 @@ VIDEO_IDS = {"train": (1, 120), "val": (121, 161), "test": (162, 201)}          
 CLASSES = ("background", "cystic_plate", "calot_triangle", "cystic_artery", "cystic_duct", "gallbladder", "tool")
 FPS = 25                                                                           # raw frames a second; one of them is kept
 KEY_EVERY = 5                                                                      # seconds between key-frames
+_EARLY = 122                                                                       # this video begins at raw frame 25: names of 2 to 4 digits
+_FOLDERS = (*VIDEO_IDS, "val_seg", "test_seg", "insseg", "semseg", "all", *(f"{share}/train_{k}" for share in ("12_5", "25") for k in range(3)))
 
 _START = np.array([.42, .53, .42])                                                 # earliest crossing of C1..C3, in video lengths
 _AHEAD = {"train": 0, "val": 0, "test": .12}
@@ -302,14 +304,13 @@ def _rle(mask) -> dict:
     return dict(size=list(mask.shape), counts=text)
 
 def _annotate(seen, classes, masked) -> list[dict]:
-    "A COCO annotation for each instance in `seen` that fills at least 1/2000 of the picture; without masks its area is the box's."
-    found = []
-    for i in np.unique(seen):
+    "A COCO annotation for each instance in `seen` that fills at least 1/2000 of the picture; its area is what is seen of it, with or without a mask."
+    found, areas = [], np.bincount(seen.ravel(), minlength=len(classes))
+    for i in np.flatnonzero((classes > 0) & (areas >= seen.size/2000)):
         mask = seen == i
-        if not classes[i] or mask.sum() < seen.size/2000: continue
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = [int(columns[0]), int(rows[0]), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
-        found.append(dict(category_id=int(classes[i]), bbox=box, area=int(mask.sum()) if masked else box[2]*box[3], iscrowd=0,
+        box = [float(columns[0]), float(rows[0]), float(np.ptp(columns)) + 1, float(np.ptp(rows)) + 1]
+        found.append(dict(category_id=int(classes[i]), bbox=box, area=int(areas[i]), iscrowd=0,
                           segmentation=_rle(mask) if masked else [], instance=int(i)))
     return found
 
@@ -317,48 +318,107 @@ def _annotate(seen, classes, masked) -> list[dict]:
 def _draw_video(tree, video, card) -> list[dict]:
     "Draw one video into `tree`; return a row a frame, with its annotations."
     rng, size = np.random.default_rng([card["seed"], video.vid]), tuple(card["size"])
-    look, rows = _look(rng, size), []
-    raw = FPS*(int(rng.integers(200, 800)) + np.arange(video.n))
+    look, rows, masks = _look(rng, size), [], 0
+    start = int(rng.integers(200, 800))
+    raw = FPS*((1 if video.vid == _EARLY else start) + np.arange(video.n))
     boxed_from = video.first + KEY_EVERY*int(rng.integers(card["mask_every"]//KEY_EVERY))
     for t, black in enumerate(video.black):
         name, last_key = f"{video.vid}_{raw[t]}", (t - video.first)//KEY_EVERY
         objects, camera = _scene(look, 1/(1 + np.exp(-video.state[t]/.07)), t, rng), _camera(look, t, rng, size)
         picture = Image.new("RGB", size) if black else _picture(look, objects, camera, t, rng, size)
         picture.save(tree/video.split/f"{name}.jpg", quality=90)
-        row = dict(vid=video.vid, frame=int(raw[t]), index=t, key=t >= video.first and (t - video.first) % KEY_EVERY == 0, annotations=[],
+        row = dict(split=video.split, vid=video.vid, frame=int(raw[t]), second=t, annotations=[], masked=False,
+                   key=t >= video.first and (t - video.first) % KEY_EVERY == 0,
                    votes=video.votes[:, max(last_key, 0)], means=video.votes[:, last_key].mean(0).tolist() if last_key >= 0 else [0.]*3,
-                   boxed=bool(t >= boxed_from and (t - boxed_from) % card["mask_every"] == 0 and not black), masked=False)
+                   boxed=bool(t >= boxed_from and (t - boxed_from) % card["mask_every"] == 0 and not black))
         if row["boxed"]:
             seen, classes = _instances(objects, camera, size)
             row |= dict(annotations=_annotate(seen, classes, video.masked), masked=video.masked)
-            if video.masked: _write_masks(tree, video.split, name, seen, row["annotations"])
+            if video.masked:
+                doubt = np.random.default_rng([card["seed"], video.vid, t]) if (video.vid + masks) % 4 == 0 else None
+                _write_masks(tree, name, seen, row["annotations"], doubt)
+                masks += 1
         rows.append(row)
     return rows
 
-def _write_masks(tree, split, name, seen, annotations):
-    "The frame again in the segmentation subset, its instance masks with their labels, and its class ids in three equal channels."
-    shutil.copyfile(tree/split/f"{name}.jpg", tree/f"{split}_seg"/f"{name}.jpg")
-    stack = np.stack([seen == a["instance"] for a in annotations]).astype(np.uint8)
-    labels = np.array([a["category_id"] for a in annotations], np.uint8)
-    np.save(tree/"insseg"/f"{name}.npy", stack)
-    (tree/"insseg"/f"{name}.csv").write_text("".join(f"{label}\n" for label in labels))
-    Image.fromarray(np.tensordot(labels, stack, 1)[..., None].repeat(3, -1).astype(np.uint8)).save(tree/"semseg"/f"{name}.png")
+def _write_masks(tree, name, seen, annotations, doubt=None):
+    "Instance masks with their labels, and the class ids in three equal channels; with `doubt`, a generator, some pixels are left open (255)."
+    instances, categories = (np.array([a[key] for a in annotations], np.uint8) for key in ("instance", "category_id"))
+    np.save(tree/"insseg"/f"{name}.npy", (seen == instances[:, None, None]).astype(np.uint8))
+    np.savetxt(tree/"insseg"/f"{name}.csv", categories)
+    labels = np.zeros(256, np.uint8)
+    labels[instances] = categories
+    classes = labels[seen]
+    _write_classes(tree/"semseg"/f"{name}.png", classes if doubt is None else _spot(classes, 255, doubt))
+
+def _write_classes(path, classes):
+    Image.fromarray(classes[..., None].repeat(3, -1)).save(path)
+
+def _spot(classes, value, rng):
+    "`classes` (h, w) with a disc of `value`, 1/125 of the picture, around a pixel on the edge of a structure."
+    edges = np.argwhere(classes[:, 1:] != classes[:, :-1])
+    y, x = edges[rng.integers(len(edges))]
+    rows, columns = np.ogrid[:classes.shape[0], :classes.shape[1]]
+    return np.where((rows - y)**2 + (columns - x)**2 <= classes.size/125/pi, np.uint8(value), classes)
+
+# %% ../nbs/lib/05_demo.ipynb #a7c1e0b5
+def _link(place: Path, target: str, folder=False):
+    """Make `place` a link to `target`, a file or a folder seen from where it lies. Where the system makes no symbolic links it becomes a
+    second name of the file, else a copy; for a folder, a folder of those."""
+    try:
+        os.symlink(target, place, target_is_directory=folder)
+        return
+    except OSError:
+        there = place.parent/target
+    if folder:
+        place.mkdir()
+        for path in there.iterdir():
+            _link(place/path.name, os.path.relpath(path.resolve(), place))
+        return
+    try:
+        os.link(there, place)
+    except OSError:
+        shutil.copyfile(there, place)
+
+def _link_frames(folder, rows, up=".."):
+    "A link in `folder` to each frame of `rows` in the folder of its split, which lies `up` from there."
+    for r in rows:
+        name = f"{r['vid']}_{r['frame']}.jpg"
+        _link(folder/name, f"{up}/{r['split']}/{name}")
 
 # %% ../nbs/lib/05_demo.ipynb #e92d35cd
-def _coco(rows, size) -> dict:
-    "A COCO file of the frames in `rows`."
+_JSONS = dict(boxed="annotation_coco", key="annotation_ds_coco", listed="annotation_coco_vid")
+
+def _coco(rows, size, counted=False) -> dict:
+    "A COCO file of the frames in `rows`, `counted` from 0 in each video or not."
     images = [dict(file_name=f"{r['vid']}_{r['frame']}.jpg", height=size[1], width=size[0], id=r["vid"]*1_000_000 + r["frame"],
-                   video_id=r["vid"], frame_id=r["index"], is_det_keyframe=r["boxed"], is_ds_keyframe=r["key"], ds=r["means"]) for r in rows]
+                   is_det_keyframe=r["boxed"], ds=r["means"], video_id=r["vid"], is_ds_keyframe=r["key"]) for r in rows]
+    seconds = defaultdict(count)
+    for image in images if counted else ():
+        image["frame_id"] = next(seconds[image["video_id"]])
     shapes = [(image["id"], a) for image, r in zip(images, rows) for a in r["annotations"]]
     annotations = [dict(id=i, image_id=image, **{k: v for k, v in a.items() if k != "instance"}) for i, (image, a) in enumerate(shapes, 1)]
     return dict(info=dict(description="drawn by cvslab"), images=images, annotations=annotations,
                 categories=[dict(id=i, name=name, supercategory="") for i, name in enumerate(CLASSES) if i],
                 videos=[dict(id=vid, name=str(vid)) for vid in sorted({r["vid"] for r in rows})])
 
-def _write_coco(folder, rows, size, names=("annotation_coco", "annotation_ds_coco", "annotation_coco_vid")):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, kept in zip(names, ("boxed", "key", "vid")):
-        (folder/f"{name}.json").write_text(json.dumps(_coco([r for r in rows if r[kept]], size)))
+def _write_coco(folder, rows, size, kinds=_JSONS, name=None):
+    "The COCO files of a folder: the frames with boxes, the key-frames, every frame that is listed; `name` stands for the usual names."
+    for kind in kinds:
+        kept = [r for r in rows if r[kind]]
+        (folder/f"{name or _JSONS[kind]}.json").write_text(json.dumps(_coco(kept, size, kind == "listed")))
+
+def _unlisted(videos) -> set[tuple]:
+    """Frames that the COCO files forget, as `(video, second)`, all of them without a criterion: before its first key-frame in the test
+    video that begins longest before it, and in another one, behind every other key-frame on which no rater saw anything, the four frames up
+    to the next one, three times at most."""
+    test = sorted((v for v in videos if v.split == "test"), key=lambda v: v.first)
+    gaps = {(test[-1].vid, second) for second in range(test[-1].first)}
+    empty = [(~v.votes.any((0, 2))[:-1]).nonzero()[0] for v in test[:-1]]
+    if empty:
+        keys, video = max(zip(empty, test), key=lambda found: len(found[0]))
+        gaps |= {(video.vid, video.first + KEY_EVERY*key + i) for key in keys[::2][:3].tolist() for i in range(1, KEY_EVERY)}
+    return gaps
 
 def _metadata(rows) -> pd.DataFrame:
     "The table `all_metadata.csv`, a row a frame."
@@ -370,25 +430,39 @@ def _metadata(rows) -> pd.DataFrame:
     return pd.DataFrame([one(r) for r in rows])
 
 def _write_tables(tree, videos, rows, card, rng):
-    "Everything in a tree but its pictures."
+    "Everything in a tree but its pictures and masks."
+    size = card["size"]
     def of(vids): return [r for r in rows if r["vid"] in vids]
-    for split in VIDEO_IDS:
-        mine = {v.vid for v in videos if v.split == split}
-        masked = {v.vid for v in videos if v.split == split and v.masked}
-        _write_coco(tree/split, of(mine), card["size"])
-        _write_coco(tree/f"{split}_seg", of(masked), card["size"], ["annotation_coco"])
-        for name, vids in ((split, mine), (f"{split}_seg", masked)):
-            (tree/f"{name}_vids.txt").write_text("".join(f"{float(v)}\n" for v in sorted(vids)))
+    groups = {split: {v.vid for v in videos if v.split == split} for split in VIDEO_IDS}
+    groups |= {f"{split}_seg": {v.vid for v in videos if v.split == split and v.masked} for split in VIDEO_IDS}
+    for name, vids in groups.items():
+        np.savetxt(tree/f"{name}_vids.txt", sorted(vids))
+        if name != "train_seg":
+            _write_coco(tree/name, of(vids), size, _JSONS if name in VIDEO_IDS else ["boxed"])
+    for split in ("val", "test"):
+        _link_frames(tree/f"{split}_seg", of(groups[f"{split}_seg"]))
     for name, share in (("12_5", .125), ("25", .25)):
         for fold in range(3):
             vids = rng.choice(card["videos"][0], max(1, round(share*card["videos"][0])), replace=False) + VIDEO_IDS["train"][0]
-            _write_coco(tree/name/f"train_{fold}", of(set(vids.tolist())), card["size"])
-    _write_coco(tree/"all", rows, card["size"], ["annotation_coco"])
-    (tree/"seg_label_map.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(CLASSES)))
+            mine = of(groups["train_seg"] if (name, fold) == ("25", 2) else set(vids.tolist()))
+            _write_coco(tree/name/f"train_{fold}", mine, size)
+            _link_frames(tree/name/f"train_{fold}", mine, "../..")
+    _link(tree/"train_seg", "25/train_2", folder=True)
+    _write_coco(tree/"all", rows, size, ["listed"], "annotation_coco")
+    _link_frames(tree/"all", [r for r in rows if r["listed"]])
+    (tree/"seg_label_map.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     save(tree/"all_metadata.csv", _metadata(rows))
 
+def _stray(tree, rows, seed):
+    "Spoil one mask of val: a spot of class 7, which there is not."
+    masked = [r for r in rows if r["split"] == "val" and r["masked"] and r["annotations"]]
+    for r in masked[:1]:
+        path = tree/"semseg"/f"{r['vid']}_{r['frame']}.png"
+        classes = np.asarray(Image.open(path))[..., 0]
+        _write_classes(path, _spot(classes, len(CLASSES), np.random.default_rng(seed)))
+
 # %% ../nbs/lib/05_demo.ipynb #9faeb9b4
-DRAWING = 3                                                                        # raised when the same seed draws another tree
+DRAWING = 4                                                                        # raised when the same seed draws another tree
 
 def draw_endoscapes(
     folder,                        # made here; must not exist yet
@@ -410,14 +484,19 @@ def draw_endoscapes(
     card = dict(drawing=DRAWING, seed=seed, videos=list(videos), seconds=list(seconds), size=list(size), mask_every=mask_every, masked=masked)
     rng, tree = np.random.default_rng(seed), folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        for name in (*VIDEO_IDS, *(f"{split}_seg" for split in VIDEO_IDS), "insseg", "semseg"): (tree/name).mkdir(parents=True)
+        for name in _FOLDERS:
+            (tree/name).mkdir(parents=True)
         save(tree/"drawn_by_cvslab.json", card)
         told, drawn = [], []
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             for split, n in zip(VIDEO_IDS, card["videos"]):
                 told += (story := _story(split, n, seconds, masked, rng))
                 drawn.append((map if workers == 1 else pool.map)(_draw_video, repeat(tree), story, repeat(card)))   # while the next are told
-            _write_tables(tree, told, [row for videos in drawn for rows in videos for row in rows], card, rng)
+            rows, gaps = [row for videos in drawn for rows in videos for row in rows], _unlisted(told)
+        for row in rows:
+            row["listed"] = (row["vid"], row["second"]) not in gaps
+        _stray(tree, rows, seed)
+        _write_tables(tree, told, rows, card, rng)
         tree.rename(folder)
     finally: shutil.rmtree(tree, ignore_errors=True)
     return folder
