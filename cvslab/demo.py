@@ -318,7 +318,7 @@ def _annotate(seen, classes, masked) -> list[dict]:
 def _draw_video(tree, video, card) -> list[dict]:
     "Draw one video into `tree`; return a row a frame, with its annotations."
     rng, size = np.random.default_rng([card["seed"], video.vid]), tuple(card["size"])
-    look, rows, masks = _look(rng, size), [], 0
+    look, rows = _look(rng, size), []
     start = int(rng.integers(200, 800))
     raw = FPS*((1 if video.vid == _EARLY else start) + np.arange(video.n))
     boxed_from = video.first + KEY_EVERY*int(rng.integers(card["mask_every"]//KEY_EVERY))
@@ -335,31 +335,36 @@ def _draw_video(tree, video, card) -> list[dict]:
             seen, classes = _instances(objects, camera, size)
             row |= dict(annotations=_annotate(seen, classes, video.masked), masked=video.masked)
             if video.masked:
-                doubt = np.random.default_rng([card["seed"], video.vid, t]) if (video.vid + masks) % 4 == 0 else None
-                _write_masks(tree, name, seen, row["annotations"], doubt)
-                masks += 1
+                _write_masks(tree, name, seen, row["annotations"])
         rows.append(row)
     return rows
 
-def _write_masks(tree, name, seen, annotations, doubt=None):
-    "Instance masks with their labels, and the class ids in three equal channels; with `doubt`, a generator, some pixels are left open (255)."
+def _write_masks(tree, name, seen, annotations):
+    "Instance masks with their labels, and the class ids in three equal channels."
     instances, categories = (np.array([a[key] for a in annotations], np.uint8) for key in ("instance", "category_id"))
     np.save(tree/"insseg"/f"{name}.npy", (seen == instances[:, None, None]).astype(np.uint8))
     np.savetxt(tree/"insseg"/f"{name}.csv", categories)
     labels = np.zeros(256, np.uint8)
     labels[instances] = categories
-    classes = labels[seen]
-    _write_classes(tree/"semseg"/f"{name}.png", classes if doubt is None else _spot(classes, 255, doubt))
+    _write_classes(tree/"semseg"/f"{name}.png", labels[seen])
 
-def _write_classes(path, classes):
-    Image.fromarray(classes[..., None].repeat(3, -1)).save(path)
+def _write_classes(path, classes): Image.fromarray(classes[..., None].repeat(3, -1)).save(path)
 
-def _spot(classes, value, rng):
-    "`classes` (h, w) with a disc of `value`, 1/125 of the picture, around a pixel on the edge of a structure."
-    edges = np.argwhere(classes[:, 1:] != classes[:, :-1])
-    y, x = edges[rng.integers(len(edges))]
-    rows, columns = np.ogrid[:classes.shape[0], :classes.shape[1]]
-    return np.where((rows - y)**2 + (columns - x)**2 <= classes.size/125/pi, np.uint8(value), classes)
+def _spoil_masks(tree, rows, seed):
+    "Class ids as they are: one mask of val with a spot of a class that there is not, and a quarter of the others with a spot left open (255)."
+    rng, masked = np.random.default_rng(seed), [r for r in rows if r["masked"] and r["annotations"]]
+    stray = next((r for r in masked if r["split"] == "val"), None)
+    spots = [(r, 255) for r in [r for r in masked if r is not stray][::4]]
+    if stray:
+        spots.append((stray, len(CLASSES)))
+    for r, value in spots:
+        path = tree/"semseg"/f"{r['vid']}_{r['frame']}.png"
+        with Image.open(path) as image:
+            classes = np.asarray(image)[..., 0]
+        y, x = rng.choice(np.argwhere(classes[:, 1:] != classes[:, :-1]))                  # on the edge of a structure
+        down, right = np.ogrid[:classes.shape[0], :classes.shape[1]]
+        disc = (down - y)**2 + (right - x)**2 <= classes.size/125/pi
+        _write_classes(path, np.where(disc, np.uint8(value), classes))
 
 # %% ../nbs/lib/05_demo.ipynb #a7c1e0b5
 def _link(place: Path, target: str, folder=False):
@@ -453,14 +458,6 @@ def _write_tables(tree, videos, rows, card, rng):
     (tree/"seg_label_map.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     save(tree/"all_metadata.csv", _metadata(rows))
 
-def _stray(tree, rows, seed):
-    "Spoil one mask of val: a spot of class 7, which there is not."
-    masked = [r for r in rows if r["split"] == "val" and r["masked"] and r["annotations"]]
-    for r in masked[:1]:
-        path = tree/"semseg"/f"{r['vid']}_{r['frame']}.png"
-        classes = np.asarray(Image.open(path))[..., 0]
-        _write_classes(path, _spot(classes, len(CLASSES), np.random.default_rng(seed)))
-
 # %% ../nbs/lib/05_demo.ipynb #9faeb9b4
 DRAWING = 4                                                                        # raised when the same seed draws another tree
 
@@ -495,7 +492,7 @@ def draw_endoscapes(
             rows, gaps = [row for videos in drawn for rows in videos for row in rows], _unlisted(told)
         for row in rows:
             row["listed"] = (row["vid"], row["second"]) not in gaps
-        _stray(tree, rows, seed)
+        _spoil_masks(tree, rows, seed)
         _write_tables(tree, told, rows, card, rng)
         tree.rename(folder)
     finally: shutil.rmtree(tree, ignore_errors=True)
