@@ -59,7 +59,7 @@ def _open(path): return safe_open(path, "pt")
 def cache_tokens(
     model: VideoClassifier,   # with a frozen backbone
     dataset: ClipDataset,
-    card: dict,               # of the data
+    card: dict,               # of the data: noted in the files
     recipe: Recipe,           # device, precision and clips at once
     mirrored: bool = False,   # also keep the mirror image of each clip, for `choose_view`
     pool: int = 1,            # average so many places a side: 2 is a quarter of the size
@@ -71,10 +71,11 @@ def cache_tokens(
         raise ValueError("this backbone learns, so its tokens change: cache those of a frozen one")
     views, config, acc = VIEWS[:1 + mirrored], model.backbone.config, accelerator(recipe)
     side = config.crop_size // config.patch_size
-    folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), asdict(dataset.protocol), card["fingerprint"], PIXELS, pool, recipe.precision], 16)
+    folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), asdict(dataset.protocol), PIXELS, pool, recipe.precision], 16)
     blocks = [[int(i) for i in b] for b in np.array_split(np.arange(len(dataset)), range(BLOCK, len(dataset), BLOCK))]
     names = [dataset.clips["clip"].iloc[b].tolist() for b in blocks]
-    files = {v: [folder/f"{digest(clips, 16)}_{v}.safetensors" for clips in names] for v in views}
+    held = [digest([clips, dataset.store.held[dataset.rows[b]].astype(str)], 16) for b, clips in zip(blocks, names)]    # what they show, not only whose they are
+    files = {v: [folder/f"{h}_{v}.safetensors" for h in held] for v in views}
     todo = [(b, clips, {v: p for v, p in zip(views, paths) if not p.exists()}) for b, clips, *paths in zip(blocks, names, *files.values())]
     todo = [(b, clips, missing) for b, clips, missing in todo if missing]
     need = sum(token_bytes(len(b), dataset.protocol.shown // config.tubelet_size * (side // pool)**2, config.hidden_size, len(missing)) for b, _, missing in todo)
@@ -93,7 +94,7 @@ def cache_tokens(
         for v, path in missing.items():
             tokens = torch.cat(parts[v]).contiguous()
             if not tokens.isfinite().all(): raise ValueError(f"tokens of {dataset.protocol.split} are not finite in half precision: this backbone cannot be cached so")
-            atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, dict(clips=json.dumps(clips), view=v)))
+            atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, dict(clips=json.dumps(clips), view=v, data=card["fingerprint"])))
     return TokenDataset(dataset, files)
 
 def _size(n): return f"{n/1e9:,.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
