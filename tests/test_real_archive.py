@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from pages import run_page, small
 from PIL import Image
 
-from cvslab import demo
+from cvslab import endoscapes
 from cvslab.demo import draw_endoscapes
 
 SPLITS = ("train", "val", "test")
@@ -24,14 +24,11 @@ JSONS = {"annotation_coco.json", "annotation_ds_coco.json", "annotation_coco_vid
 WIDTH, HEIGHT = 60, 34
 
 
-def draw(folder):
-    "Small frames, and videos as long as in the demo: what is irregular lies in their frames and files, not in their pixels."
-    return draw_endoscapes(folder, seed=2, videos=(9, 3, 3), seconds=(50, 60), size=(WIDTH, HEIGHT), workers=1)
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return draw(tmp_path_factory.mktemp("archive")/"endoscapes")
+    "Small frames, and videos as long as in the demo: what is irregular lies in their frames and files, not in their pixels."
+    folder = tmp_path_factory.mktemp("archive")/"endoscapes"
+    return draw_endoscapes(folder, seed=2, videos=(9, 3, 3), seconds=(50, 60), size=(WIDTH, HEIGHT), workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +53,9 @@ def videos(tree, name):
     return {int(float(line)) for line in (tree/f"{name}_vids.txt").read_text().split()}
 
 
-def classes(path):
+def classes(path, size=(HEIGHT, WIDTH)):
     mask = np.asarray(Image.open(path))
-    assert mask.shape == (HEIGHT, WIDTH, 3) and (mask == mask[..., :1]).all()
+    assert mask.shape == (*size, 3) and (mask == mask[..., :1]).all()
     return mask[..., 0]
 
 
@@ -241,13 +238,15 @@ def test_names_of_video_122_sorted_as_text_break_its_five_second_sequences(tree,
 # where links cannot be made --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("refused", [("symlink",), ("symlink", "link")])
-def test_where_there_are_no_links_the_files_are_the_same(tree, tmp_path, monkeypatch, refused):
+def test_where_there_are_no_links_the_files_are_the_same(tmp_path, monkeypatch, refused):
     def refuse(*args, **kwargs):
         raise OSError("a required privilege is not held by the client")
+    tiny, contents = dict(videos=(4, 1, 1), seconds=(20, 22), size=(WIDTH, HEIGHT), workers=1), []
+    linked = draw_endoscapes(tmp_path/"linked", **tiny)
     for name in refused:
         monkeypatch.setattr(os, name, refuse)
-    other, contents = draw(tmp_path/"endoscapes"), []
-    for root in (tree, other):
+    other = draw_endoscapes(tmp_path/"other", **tiny)
+    for root in (linked, other):
         paths = [path for path in root.rglob("*") if path.is_file()] + list((root/"train_seg").iterdir())
         contents.append({path.relative_to(root).as_posix(): path.read_bytes() for path in paths})
     assert contents[0] == contents[1] and not any(path.is_symlink() for path in other.rglob("*"))
@@ -287,26 +286,46 @@ def copy(tree, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", [as_attested, as_described_first, as_unpacked_under_windows])
 def test_the_reader_sees_the_same_in_either_form(tree, copy, table, form):
-    from cvslab.endoscapes import read_coco, read_frames, read_mask, read_objects
     form(copy)
-    found = read_frames(copy)
+    found = endoscapes.read_frames(copy)
     assert list(zip(found["video"], found["frame"], found["key"])) == [(r["vid"], r["frame"], r["key"]) for r in sorted(table, key=lambda r: (r["vid"], r["frame"]))]
     assert Counter(found["split"]) == {split: len(frames(tree/split)) for split in SPLITS}
     assert {f"{v}_{f}" for v, f, m in zip(found["video"], found["frame"], found["mask"]) if m} == {path.stem for path in (tree/"semseg").glob("*.png")}
     for split in SPLITS:
         for which, name in {"boxes": "annotation_coco", "key": "annotation_ds_coco", "1fps": "annotation_coco_vid"}.items():
-            assert set(zip(*read_coco(copy, split, which)[["video", "frame"]].to_numpy().T)) == listed(tree, f"{split}/{name}.json")
+            assert set(zip(*endoscapes.read_coco(copy, split, which)[["video", "frame"]].to_numpy().T)) == listed(tree, f"{split}/{name}.json")
         shapes = coco(tree, f"{split}/annotation_coco.json")["annotations"]
-        assert sorted(read_objects(copy, split)[["x", "y", "w", "h"]].to_numpy().tolist()) == sorted(a["bbox"] for a in shapes)
+        assert sorted(endoscapes.read_objects(copy, split)[["x", "y", "w", "h"]].to_numpy().tolist()) == sorted(a["bbox"] for a in shapes)
     for mask in found.loc[found["mask"] != "", "mask"]:
         there = classes(tree/mask)
-        np.testing.assert_array_equal(read_mask(copy, mask), np.where(there == 7, 255, there))
+        np.testing.assert_array_equal(endoscapes.read_mask(copy, mask), np.where(there == 7, 255, there))
 
 
 def test_what_is_irregular_is_listed(tree, copy):
-    from cvslab.endoscapes import irregularities
     as_unpacked_under_windows(copy)
-    drawn, unpacked = (irregularities(t).set_index("what")["count"].groupby(level=0).sum() for t in (tree, copy))
+    drawn, unpacked = (endoscapes.irregularities(t).set_index("what")["count"].groupby(level=0).sum() for t in (tree, copy))
     gaps = len(frames(tree/"test") - listed(tree, "test/annotation_coco_vid.json"))
     assert drawn.to_dict() == {"frames missing in a COCO file": gaps, "masks with unknown classes": 1}
     assert unpacked["link unpacked as a file"] >= 1 and unpacked["pictures unpacked as links"] >= len(frames(tree/"all"))
+
+
+# the pages -------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def masked_tree(tmp_path_factory):
+    "Every key-frame has a mask, so that the first clips of a page have some."
+    folder = tmp_path_factory.mktemp("pages")/"endoscapes"
+    return draw_endoscapes(folder, videos=(4, 2, 1), seconds=(20, 22), size=(107, 60), mask_every=5, masked=1., workers=1)
+
+
+@pytest.mark.parametrize("page", ["08_multitask", "09_staged", "11_attention_supervision", "12_regularized", "14_hybrid", "15_window_attention"])
+def test_pages_begin_on_a_tree_with_a_stray_class_and_say_so(scratch, masked_tree, page, monkeypatch, capsys):
+    monkeypatch.setattr(endoscapes, "_said", set())
+    [stray] = [path.stem for path in (masked_tree/"semseg").glob("*.png") if 7 in classes(path, (60, 107))]
+    names = run_page(scratch, page, small("stray", data=str(masked_tree), max_clips=0), until="training.estimate(")
+    out = capsys.readouterr().out
+    assert f"{stray}.png (class 7" in out and out.count("class 7") == 1
+    val = names["datasets"]["val"]
+    [at] = np.flatnonzero(val.clips["clip"] == stray)
+    assert set(np.unique(val[int(at)]["mask"])) - {255} <= set(range(7)) and val[int(at)]["mask_frames"].any()
+    assert all(set(np.unique(item["mask"])) <= {*range(7), 255} for item in (val[i] for i in range(len(val))))
