@@ -8,11 +8,11 @@ __all__ = ['DEMO_BACKBONE', 'VIDEO_IDS', 'CLASSES', 'FPS', 'KEY_EVERY', 'DRAWING
 
 # %% ../nbs/lib/05_demo.ipynb #12111c62
 import io, json, os, shutil, sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import files
-from itertools import chain, count, repeat
+from itertools import chain, repeat
 from math import cos, pi, sin
 from multiprocessing import get_context
 from pathlib import Path
@@ -398,9 +398,10 @@ def _coco(rows, size, counted=False) -> dict:
     "A COCO file of the frames in `rows`, `counted` from 0 in each video or not."
     images = [dict(file_name=f"{r['vid']}_{r['frame']}.jpg", height=size[1], width=size[0], id=r["vid"]*1_000_000 + r["frame"],
                    is_det_keyframe=r["boxed"], ds=r["means"], video_id=r["vid"], is_ds_keyframe=r["key"]) for r in rows]
-    seconds = defaultdict(count)
+    seconds = Counter()
     for image in images if counted else ():
-        image["frame_id"] = next(seconds[image["video_id"]])
+        image["frame_id"] = seconds[image["video_id"]]
+        seconds[image["video_id"]] += 1
     shapes = [(image["id"], a) for image, r in zip(images, rows) for a in r["annotations"]]
     annotations = [dict(id=i, image_id=image, **{k: v for k, v in a.items() if k != "instance"}) for i, (image, a) in enumerate(shapes, 1)]
     return dict(info=dict(description="drawn by cvslab"), images=images, annotations=annotations,
