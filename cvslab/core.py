@@ -296,23 +296,26 @@ def _stamps(folder: Path, names: set) -> dict[str, str]:
 def _table(path: Path) -> dict[str, str]:
     "Name -> stamp and digest, as noted; empty where nothing was, or the note was damaged: then all is read again."
     try:
-        return load(path)
+        noted = load(path)
     except (FileNotFoundError, ValueError):
         return {}
+    return noted if isinstance(noted, dict) else {}
 
 def _folder_contents(folder: Path, names: set, pool: ThreadPoolExecutor) -> dict[str, str]:
     "Name -> digest of the files `names` of one folder."
     began, folder = time.time_ns(), folder.resolve()
     stamps, path = _stamps(folder, names), cache_dir()/"contents"/f"{digest(folder.as_posix(), 16)}.json"
     if lacking := sorted(names - set(stamps)):
-        raise FileNotFoundError(f"{folder.name} lacks {', '.join(lacking[:5])}" + f" and {len(lacking) - 5} more" * (len(lacking) > 5))
+        more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+        raise FileNotFoundError(f"{folder.name} lacks {', '.join(lacking[:5])}{more}")
     noted, found, new = _table(path), {}, {}
     for name, stamp in stamps.items():
         was, _, known = noted.get(name, "").rpartition(" ")
         if was == stamp:
             found[name] = known
     left = [name for name in stamps if name not in found]
-    bar = tqdm(pool.map(content, (folder/name for name in left)), desc=f"reading {folder.name}", total=len(left), unit="file", delay=1, leave=False)
+    read = pool.map(content, (folder/name for name in left))
+    bar = tqdm(read, desc=f"reading {folder.name}", total=len(left), unit="file", delay=1, leave=False)
     for name, known in zip(left, bar):
         found[name] = known
         if not changed_since(folder/name, began):

@@ -70,7 +70,7 @@ def clips_of(run: Run, masks: bool = True) -> ClipDataset:
     "The clips a run was scored on, with its predictions `p_c1..p_c3` and their label `group`; `ValueError` where the data are not those of the run."
     protocol = Protocol(**run.load("metrics.json")["protocol"])
     datasets, card = open_datasets(run.params["data"], protocol, run.params.get("max_clips", 0), masks=masks)
-    if card != run.data: raise ValueError(f"{rel(run.dir)} was made on other data ({run.data}, now {card}): run {run.experiment} again")
+    if any(run.data.get(k) != v for k, v in card.items()): raise ValueError(f"{rel(run.dir)} was made on other data ({run.data}, now {card}): run {run.experiment} again")
     dataset, told = datasets[protocol.split], run.load("predictions.parquet")
     told = told[told["split"] == protocol.split].set_index("clip")
     p = [f"p_{c}" for c in CRITERIA]

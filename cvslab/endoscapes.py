@@ -87,7 +87,8 @@ RECORDED = Protocol(frames="1fps", window="centred", labels="recorded", leading=
 PROTOCOLS = {"official": OFFICIAL, "recorded": RECORDED}
 
 # %% ../nbs/lib/03_endoscapes.ipynb #1b288ad2
-COCO = {"boxes": "{}/annotation_coco.json", "key": "{}/annotation_ds_coco.json", "1fps": "{}/annotation_coco_vid.json", "seg": "{}_seg/annotation_coco.json"}
+COCO = {"boxes": "{}/annotation_coco.json", "key": "{}/annotation_ds_coco.json", "1fps": "{}/annotation_coco_vid.json",
+        "seg": "{}_seg/annotation_coco.json"}
 
 def open_tree(data) -> Path:
     """The folder of a dataset: `demo` is drawn once and cached, anything else is a folder, absolute, below `~` or seen from the project.
@@ -103,11 +104,11 @@ def open_tree(data) -> Path:
         return inner[0]
     here = "choose one of " + ", ".join(repr(Path(data, p.name).as_posix()) for p in inner) if inner else "'demo' draws one"
     what = "is not a tree of Endoscapes (it has no all_metadata.csv)" if tree.is_dir() else "is no folder"
-    raise FileNotFoundError(f"data {str(data)!r} {what}: {here}. A tree holds train/, val/ and test/ with VIDEO_FRAME.jpg, all_metadata.csv, "
-                            "train_vids.txt, val_vids.txt and test_vids.txt")
+    raise FileNotFoundError(f"data {str(data)!r} {what}: {here}. A tree holds train/, val/ and test/ with VIDEO_FRAME.jpg, "
+                            "all_metadata.csv, train_vids.txt, val_vids.txt and test_vids.txt")
 
 def _files(folder: Path, suffixes: tuple) -> dict[str, str]:
-    "Stem -> name of the `VIDEO_FRAME` files in `folder`; one listing, no look at single files. `ValueError` where two are of one frame."
+    "Stem -> name of the `VIDEO_FRAME` files in `folder`, from one listing; `ValueError` where two are of one frame."
     found = {}
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
         stem, _, suffix = name.rpartition(".")
@@ -125,7 +126,7 @@ def _lines(path: Path) -> list[str]:
 def _number_lines(path: Path, **limits) -> list[float]:
     "A text file of numbers, one a line; `ValueError` names file, line and value of what is none."
     lines = _lines(path)
-    table = pd.DataFrame(dict(lines=lines), index=range(-1, len(lines) - 1))           # `numbers` counts from the row below a header
+    table = pd.DataFrame(dict(lines=lines), index=range(-1, len(lines) - 1))   # `numbers` counts from below a header
     try:
         return numbers(table, "lines", path.name, **limits).tolist()
     except ValueError as e:
@@ -142,7 +143,7 @@ def frame_rate(data) -> float:
     return rates[0]
 
 def _read_by_cvslab(tree: Path) -> list[str]:
-    "Every file of a tree on which it depends what is read from it: tables, annotations, frames and masks; not the archive's links to frames."
+    "Every file of a tree that can change what is read from it: tables, annotations, frames and masks; not links to frames."
     tables = ["all_metadata.csv", *(f"{s}_vids.txt" for s in SPLITS), "seg_label_map.txt", "fps.txt", "drawn_by_cvslab.json"]
     budgets = [f"{b}/{p.name}" for b in ("12_5", "25") if (tree/b).is_dir() for p in sorted((tree/b).iterdir()) if p.is_dir()]
     folders = [*SPLITS, *(f"{s}_seg" for s in SPLITS), "all", *budgets]
@@ -155,7 +156,8 @@ def data_card(data, masks: bool | str = False) -> dict:
     """`demo` (drawn by this project?), `fps` (of the recordings) and `fingerprint`: of the content of every table, annotation file, frame
     and mask of the tree. Where `masks` is a folder of masks, `masks` is the fingerprint of these."""
     tree = open_tree(data)
-    card = dict(demo=(tree/"drawn_by_cvslab.json").is_file(), fps=frame_rate(tree), fingerprint=digest(contents(tree, _read_by_cvslab(tree)), 12))
+    held = contents(tree, _read_by_cvslab(tree))
+    card = dict(demo=(tree/"drawn_by_cvslab.json").is_file(), fps=frame_rate(tree), fingerprint=digest(held, 12))
     if isinstance(masks, str) and masks not in ("ground_truth", "boxes"):
         folder = root()/Path(masks).expanduser()
         card["masks"] = digest(contents(folder, _files(folder, MASKS).values()), 12)
@@ -205,9 +207,10 @@ def _read_metadata(tree) -> pd.DataFrame:
     raw = read_table((tree/name).read_bytes(), name)
     lacking = [c for c in _COLUMNS if c not in raw]
     if lacking: _refuse(tree, [f"all_metadata.csv lacks the columns {lacking}: it has {list(raw)}"])
-    frames = pd.DataFrame({new: numbers(raw, old, name, whole=True, low=0) for new, old in dict(video="vid", frame="frame").items()})
+    frames = pd.DataFrame(dict(video=numbers(raw, "vid", name, whole=True, low=0), frame=numbers(raw, "frame", name, whole=True, low=0)))
     frames["key"] = words(raw, "is_ds_keyframe", name, _FLAGS) == "True"
-    for criterion in _C: frames[criterion] = numbers(raw, criterion.upper(), name, missing=True)
+    for criterion in _C:
+        frames[criterion] = numbers(raw, criterion.upper(), name, missing=True)
     frames[_VOTES] = np.hstack([_votes(raw[c]) for c in _COLUMNS[6:]])
     return frames
 
@@ -229,28 +232,31 @@ def _find_files(tree, frames, stem) -> tuple[pd.Series, pd.Series, list[str]]:
     there = {f"{s}/{t}": f"{s}/{n}" for s in SPLITS for t, n in _files(tree/s, IMAGES).items()}
     wanted = frames["split"] + "/" + stem
     extra = [there[w] for w in sorted(set(there) - set(wanted))]
-    path = wanted.map(there)
-    return path.fillna(wanted + ".jpg"), path.isna(), [f"images without a row in all_metadata.csv: {_some(extra)}"] if extra else []
+    path, faults = wanted.map(there), [f"images without a row in all_metadata.csv: {_some(extra)}"] if extra else []
+    return path.fillna(wanted + ".jpg"), path.isna(), faults
 
 def _find_masks(tree, stem) -> tuple[list[str], np.ndarray, list[str]]:
-    "The mask of each frame (a PNG, else an entry of a COCO file, else empty), which of them it is, and annotated images that are no frame."
+    "The mask of each frame (a PNG, else an entry of a COCO file, else empty), which it is, and annotated images that are no frame."
     drawn = {s: f"semseg/{n}" for s, n in _files(tree/"semseg", MASKS).items()}
     told = {f: _objects(tree, f) for s in SPLITS if (tree/(f := COCO["seg"].format(s))).is_file()}
     faults = [fault for f, objects in told.items() if (fault := _no_frames(f, objects, set(stem)))]
     listed = {name: f"{f}#{name}" for f, objects in told.items() for name in objects}
-    return [drawn.get(s) or listed.get(s, "") for s in stem], np.select([stem.isin(drawn), stem.isin(listed)], ["semseg", "coco"], ""), faults
+    source = np.select([stem.isin(drawn), stem.isin(listed)], ["semseg", "coco"], "")
+    return [drawn.get(s) or listed.get(s, "") for s in stem], source, faults
 
 def _no_frames(file: str, names, known: set) -> str:
     "What to say of images `names` of a COCO file that are none of the `known` frames."
     strange = sorted(set(names) - known)
-    return f"{file} has annotations of {len(strange)} images that are no frames of the tree: {_some(strange)}" if strange else ""
+    if not strange:
+        return ""
+    return f"{file} has annotations of {len(strange)} images that are no frames of the tree: {_some(strange)}"
 
 
 # %% ../nbs/lib/03_endoscapes.ipynb #0157171a
 def read_frames(data, ledger: Ledger = None) -> pd.DataFrame:
-    """One row a 1-fps frame, by video and frame: `split, video, frame, seconds` (since the recording began), `path, key, labelled, c1..c3` (mean of
-    raters, copied forward as shipped), `r1_c1..r3_c3` (votes 0/1, NaN off key-frames), `mask` (for `read_mask`, or empty), `mask_source` (semseg,
-    coco or empty).
+    """One row a 1-fps frame, by video and frame: `split, video, frame, seconds` (since the recording began), `path, key, labelled,
+    c1..c3` (mean of raters, copied forward as shipped), `r1_c1..r3_c3` (votes 0/1, NaN off key-frames), `mask` (for `read_mask`, or
+    empty), `mask_source` (semseg, coco or empty).
 
     Raises `ValueError` listing whatever is wrong with the tree; with a `ledger`, missing images are noted there and left out."""
     tree = open_tree(data)
@@ -273,29 +279,39 @@ def read_frames(data, ledger: Ledger = None) -> pd.DataFrame:
 # %% ../nbs/lib/03_endoscapes.ipynb #d8a4a127
 def _foreign(data: bytes) -> str:
     "What a file holds in place of its own bytes, if that can be told."
-    if not data.strip(b"\0\r\n\t "): return "is empty"
-    if data.startswith(b"version https://git-lfs"): return "is a pointer of git-lfs, not the file itself: run `git lfs pull`"
-    if data.lstrip()[:1] == b"<": return "is a web page, not the file itself: download it again"
-    line = data.strip()
-    text = line.decode("utf-8", "replace")
-    return f"holds only {text!r}" if len(line) < 300 and text.isprintable() and text[0] not in "{[" else ""
+    if not data.strip(b"\0\r\n\t "):
+        return "is empty"
+    if data.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs, not the file itself: run `git lfs pull`"
+    if data.lstrip()[:1] == b"<":
+        return "is a web page, not the file itself: download it again"
+    text = data[:300].strip().decode("utf-8", "replace")
+    one_line = len(data) < 300 and text.isprintable() and "\ufffd" not in text
+    return f"holds only {text!r}" if one_line and text[0] not in "{[" else ""
 
 def _coco_bytes(tree: Path, file: str) -> bytes:
     above = next((p for p in reversed((tree/file).relative_to(tree).parents) if (tree/p).is_file()), None)
-    if above: raise ValueError(f"{above.as_posix()} is a file, not a folder: a link of the archive, copy the folder it points to")
+    if above:
+        raise ValueError(f"{above.as_posix()} is a file, not a folder: a link of the archive, copy the folder it points to")
     if not (tree/file).is_file():
-        there = sorted({p.parent.relative_to(tree).as_posix() for d in ("*", "12_5/*", "25/*") for p in tree.glob(f"{d}/annotation*.json")})
+        told = [p.parent for folders in ("*", "12_5/*", "25/*") for p in tree.glob(f"{folders}/annotation*.json")]
+        there = sorted({folder.relative_to(tree).as_posix() for folder in told})
         raise FileNotFoundError(f"{file} is missing: choose a folder of {there}")
     return (tree/file).read_bytes()
 
 def _parsed(file: str, data: bytes) -> dict:
     "A COCO file; `ValueError` says what is there in its place, or which list it lacks."
-    if (found := _foreign(data)).startswith(("is empty", "holds only")): found += ": a link of the archive, copy the file it points to"
-    if found: raise ValueError(f"{file} {found}")
-    try: coco = json.loads(data)
-    except ValueError as e: raise ValueError(f"{file} is no JSON ({e}): it is cut or was edited; copy it from the archive again") from None
+    if (found := _foreign(data)).startswith(("is empty", "holds only")):
+        found += ": a link of the archive, copy the file it points to"
+    if found:
+        raise ValueError(f"{file} {found}")
+    try:
+        coco = json.loads(data)
+    except ValueError as e:
+        raise ValueError(f"{file} is no JSON ({e}): it is cut or was edited, copy it from the archive again") from None
     lacking = [k for k in ("images", "annotations") if not isinstance(coco, dict) or not isinstance(coco.get(k), list)]
-    if lacking: raise ValueError(f"{file} lacks the key {lacking[0]!r}: a COCO file has lists of images, annotations and categories")
+    if lacking:
+        raise ValueError(f"{file} lacks the key {lacking[0]!r}: a COCO file has lists of images, annotations and categories")
     return coco
 
 def _keys(file: str, coco: dict, what: str, *keys: str) -> list[dict]:
@@ -303,42 +319,53 @@ def _keys(file: str, coco: dict, what: str, *keys: str) -> list[dict]:
     entries = coco.get(what, [])
     for key in keys:
         bare = [i for i, entry in enumerate(entries) if key not in entry]
-        if bare: raise ValueError(f"{file}: {len(bare)} of {len(entries)} {what} lack the key {key!r} (the first is {what}[{bare[0]}])")
+        if bare:
+            which = f"{len(bare)} of {len(entries)} {what} lack the key {key!r}"
+            raise ValueError(f"{file}: {which} (the first is {what}[{bare[0]}])")
     return entries
 
 def _last(file_name: str) -> str:
-    "The last part of a file's name, which may be an address or have folders, of either kind of slash: `VIDEO_FRAME.jpg`."
+    "`VIDEO_FRAME.jpg` at the end of a file's name that has folders, with either kind of slash, or is an address."
     found = re.search(r"(?:^|[/\\=])(\d+_\d+\.\w+)(?=$|[?#&])", unquote(str(file_name)), re.ASCII)
     return found[1] if found else str(file_name)
 
 def _stem(file_name: str) -> str: return _last(file_name).rpartition(".")[0] or file_name
 
+def _strange(names) -> list[str]:
+    "Those of the `names` that are no `VIDEO_FRAME`."
+    return [n for n in names if not re.fullmatch(r"\d+_\d+", n, re.ASCII)]
+
 def _coco_file(data, split, which) -> tuple[Path, str]:
-    if which not in COCO: raise ValueError(f"unknown COCO file {which!r}: choose from {list(COCO)}")
+    if which not in COCO:
+        raise ValueError(f"unknown COCO file {which!r}: choose from {list(COCO)}")
     return open_tree(data), COCO[which].format(split)
 
 def _flag(value, file, key) -> bool:
-    if value in (True, False): return bool(value)
+    if value in (True, False):
+        return bool(value)
     raise ValueError(f"{file}: {key} of an image is {value!r}, neither true nor false")
 
 def _mean_votes(image, file) -> list[float]:
     ds = image.get("ds")
-    if ds is None: return [np.nan]*3
-    if not isinstance(ds, list) or len(ds) != 3 or not all(isinstance(v, (int, float)) for v in ds):
+    if ds is None:
+        return [np.nan]*3
+    if not _flat(ds) or len(ds) != 3:
         raise ValueError(f"{file}: ds of {_last(image['file_name'])} is {ds!r}, it must be three numbers")
     return ds
 
 def read_coco(data, split: str, which: str = "1fps") -> pd.DataFrame:
-    """The images of a COCO file of the tree, by video and frame: `split, video, frame, path, key` and `box` (has boxes), `c1..c3` (mean of raters).
+    """The images of a COCO file of the tree, by video and frame: `split, video, frame, path, key` and `box` (has boxes), `c1..c3` (mean
+    of raters). `split` is a split or a label budget (`12_5/train_0`), `which` one of `COCO`.
 
-    `split` is a split or a label budget (`12_5/train_0`), `which` one of `COCO`; `ValueError` where an image is listed twice, is no frame or lacks a key."""
+    `ValueError` where an image is listed twice, is no frame or lacks a key."""
     tree, file = _coco_file(data, split, which)
     images = _keys(file, _parsed(file, _coco_bytes(tree, file)), "images", "file_name", "is_ds_keyframe", "is_det_keyframe")
     names = [_last(i["file_name"]) for i in images]
-    strange = [n for n in names if not re.fullmatch(r"\d+_\d+\.\w+", n, re.ASCII)]
-    if strange: raise ValueError(f"{file} has {len(strange)} images that are called otherwise than VIDEO_FRAME.jpg: {_some(strange)}")
-    stems = [n.rpartition(".")[0].split("_") for n in names]
-    table = pd.DataFrame(dict(split=split, video=[int(v) for v, _ in stems], frame=[int(f) for _, f in stems], path=[f"{split}/{n}" for n in names],
+    if strange := _strange(map(_stem, names)):
+        raise ValueError(f"{file} has {len(strange)} images that are called otherwise than VIDEO_FRAME.jpg: {_some(strange)}")
+    stems = [_stem(n).split("_") for n in names]
+    table = pd.DataFrame(dict(split=split, video=[int(v) for v, _ in stems], frame=[int(f) for _, f in stems],
+                              path=[f"{split}/{n}" for n in names],
                               key=[_flag(i["is_ds_keyframe"], file, "is_ds_keyframe") for i in images],
                               box=[_flag(i["is_det_keyframe"], file, "is_det_keyframe") for i in images]))
     table[_C] = np.array([_mean_votes(i, file) for i in images], float).reshape(-1, 3)
@@ -353,10 +380,11 @@ def _class_of(file: str, coco: dict) -> dict:
     strange = [c["name"] for c in categories if plain(c["name"]) not in CLASSES]
     if strange:
         lacking = [c for c in CLASSES[1:] if c not in {plain(c["name"]) for c in categories}]
-        raise ValueError(f"{file} has the unknown categories {strange}, and none called {lacking}: rename them in its list `categories`")
+        raise ValueError(f"{file} has the unknown categories {strange}, and none called {lacking}: rename them in its `categories`")
     number = {c["id"]: CLASSES.index(plain(c["name"])) for c in categories}
     unlisted = sorted({a["category_id"] for a in _keys(file, coco, "annotations", "category_id")} - set(number), key=str)
-    if unlisted: raise ValueError(f"{file} has annotations of the categories {unlisted}, which its list `categories` does not name: it names {number}")
+    if unlisted:
+        raise ValueError(f"{file} has annotations of the categories {unlisted}, which its `categories` do not name: these are {number}")
     return number
 
 @lru_cache(maxsize=8)
@@ -366,30 +394,38 @@ def _objects_of(file: str, data: bytes) -> dict[str, tuple]:
     image = {i["id"]: i for i in _keys(file, coco, "images", "id", "file_name")}
     annotations = _keys(file, coco, "annotations", "image_id")
     strange = sorted({a["image_id"] for a in annotations} - set(image), key=str)
-    if strange: raise ValueError(f"{file} has annotations of {len(strange)} images that it does not list, with the ids {_some(strange)}")
+    if strange:
+        raise ValueError(f"{file} has annotations of {len(strange)} images that it does not list: ids {_some(strange)}")
     for a in annotations:
         of = image[a["image_id"]]
         found.setdefault(_stem(of["file_name"]), (of, []))[1].append(dict(a, category=number[a["category_id"]]))
     return found
 
 def _objects(tree: Path, file: str) -> dict[str, tuple[dict, list]]:
-    "Frame -> its image and its annotations, with `category` in numbers of `CLASSES`; frames without annotations are not there."
+    "Frame -> its image and its annotations, `category` as number in `CLASSES`; frames without annotations are not there."
     return _objects_of(file, _coco_bytes(tree, file))
 
 def _box(annotation: dict, file: str) -> list[float]:
     "`x, y, w, h` of an annotation."
     box = annotation.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) and np.isfinite(v) for v in box) or min(box[2:]) < 0:
-        raise ValueError(f"{file}: bbox of the annotation with the id {annotation.get('id')} is {box!r}, it must be x, y, width and height in pixels")
+    if not _flat(box) or len(box) != 4 or min(box[2:]) < 0:
+        which = f"bbox of the annotation with the id {annotation.get('id')}"
+        raise ValueError(f"{file}: {which} is {box!r}, it must be x, y, width and height in pixels")
     return box
 
+def _flat(values) -> bool:
+    "Whether these are finite numbers in a list."
+    return isinstance(values, list) and all(isinstance(v, (int, float)) and np.isfinite(v) for v in values)
+
 def read_objects(data, split: str, which: str = "boxes") -> pd.DataFrame:
-    "The annotated objects of a COCO file: `video, frame, category` (1 to 6 of `CLASSES`), box `x, y, w, h` in pixels, `rle` (for `rle_to_mask`, or None)."
+    """The annotated objects of a COCO file: `video, frame, category` (1 to 6 of `CLASSES`), box `x, y, w, h` in pixels, `rle` (for
+    `rle_to_mask`; polygons, or None)."""
     tree, file = _coco_file(data, split, which)
     found = _objects(tree, file)
-    strange = [n for n in found if not re.fullmatch(r"\d+_\d+", n, re.ASCII)]
-    if strange: raise ValueError(f"{file} has {len(strange)} annotated images that are called otherwise than VIDEO_FRAME.jpg: {_some(strange)}")
-    rows = [(*map(int, name.split("_")), a["category"], *_box(a, file), a.get("segmentation") or None) for name, (_, objects) in found.items() for a in objects]
+    if strange := _strange(found):
+        raise ValueError(f"{file} has {len(strange)} annotated images that are called otherwise than VIDEO_FRAME.jpg: {_some(strange)}")
+    rows = [(*map(int, name.split("_")), a["category"], *_box(a, file), a.get("segmentation") or None)
+            for name, (_, objects) in found.items() for a in objects]
     return pd.DataFrame(rows, columns=["video", "frame", "category", "x", "y", "w", "h", "rle"])
 
 def disagreements(frames: pd.DataFrame, coco: pd.DataFrame) -> pd.DataFrame:
@@ -415,14 +451,15 @@ def _run_lengths(text: str) -> list[int]:
 def rle_to_mask(rle: dict) -> np.ndarray:
     "`(H, W)` bool of COCO's run lengths, text or list; they run down the columns and begin outside. Raises `ValueError` if they do not fill `size`."
     if not isinstance(rle, dict): raise ValueError(f"a mask must be given as run lengths, not as {type(rle).__name__}")
-    if not {"size", "counts"} <= set(rle): raise ValueError(f"run lengths need size and counts: these have {sorted(rle)}")
+    if not {"size", "counts"} <= set(rle):
+        raise ValueError(f"run lengths need size and counts: these have {sorted(rle)}")
     (height, width), counts = rle["size"], rle["counts"]
     runs = counts if isinstance(counts, list) else _run_lengths(counts)
     if sum(runs) != height*width or min(runs) < 0: raise ValueError(f"run lengths of {sum(runs)} pixels do not fill a mask of {height} x {width}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 def _polygon(corners: list[float], height: int, width: int) -> np.ndarray:
-    "`(height, width)` bool: the pixels whose centre lies inside of a polygon `x, y, x, y ...`, by counting the edges to the left of it."
+    "`(height, width)` bool: pixels whose centre lies inside of a polygon `x, y, x, y ...`: an odd number of edges is left of it."
     x, y = np.asarray(corners, float).reshape(-1, 2).T
     flips = np.zeros((height, width + 1), int)
     for xa, ya, xb, yb in zip(x, y, np.roll(x, -1), np.roll(y, -1)):
@@ -435,19 +472,21 @@ def _polygon(corners: list[float], height: int, width: int) -> np.ndarray:
 
 def _region(segmentation, image: dict) -> np.ndarray:
     "`(H, W)` bool of a mask of COCO: run lengths, or the union of polygons in a picture of the image's size."
-    if not segmentation: raise ValueError("an object has no mask")
-    if not isinstance(segmentation, list): return rle_to_mask(segmentation)
+    if not segmentation:
+        raise ValueError("an object has no mask")
+    if not isinstance(segmentation, list):
+        return rle_to_mask(segmentation)
     height, width = _size(image)
     for corners in segmentation:
-        flat = isinstance(corners, list) and all(isinstance(v, (int, float)) and np.isfinite(v) for v in corners)
-        if not flat or len(corners) < 6 or len(corners) % 2:
+        if not _flat(corners) or len(corners) < 6 or len(corners) % 2:
             raise ValueError(f"a polygon needs three or more corners as x, y, x, y ...: it is {str(corners)[:60]}")
     return np.any([_polygon(corners, height, width) for corners in segmentation], axis=0)
 
 def _size(image: dict) -> tuple[int, int]:
     "Height and width that a COCO file says of an image."
     size = image.get("height"), image.get("width")
-    if not all(isinstance(v, int) and v > 0 for v in size): raise ValueError(f"height and width of its image are {size[0]!r} and {size[1]!r}")
+    if not all(isinstance(v, int) and v > 0 for v in size):
+        raise ValueError(f"height and width of its image are {size[0]!r} and {size[1]!r}")
     return size
 
 # %% ../nbs/lib/03_endoscapes.ipynb #a2e64f5b
@@ -461,44 +500,58 @@ def _fill_boxes(height, width, boxes) -> np.ndarray:
 def _paint(objects) -> np.ndarray:
     "One map of classes from the masks (category, (H, W) bool) of single objects; where they overlap the smaller one lies on top."
     shapes = sorted({mask.shape for _, mask in objects})
-    if len(shapes) > 1: raise ValueError(f"its objects have masks of different sizes: {shapes}")
+    if len(shapes) > 1:
+        raise ValueError(f"its objects have masks of different sizes: {shapes}")
     classes = np.zeros(shapes[0], np.uint8)
-    for category, mask in sorted(objects, key=lambda m: -m[1].sum()): classes[mask] = category
+    for category, mask in sorted(objects, key=lambda m: -m[1].sum()):
+        classes[mask] = category
     return classes
 
 def _label_map(tree: Path) -> np.ndarray:
-    "What number of `CLASSES` each value 0..256 in a PNG of `semseg` has, by its name in `seg_label_map.txt`; `IGNORE` for what has no name there."
+    "The number in `CLASSES` of each value 0..256 in a PNG of `semseg`, by its name in `seg_label_map.txt`; `IGNORE` if it has none."
     known = np.full(257, IGNORE, np.uint8)                                       # 256: all that is no byte
     known[:len(CLASSES)] = range(len(CLASSES))
-    if not (tree/"seg_label_map.txt").is_file(): return known
+    if not (tree/"seg_label_map.txt").is_file():
+        return known
     lines = _lines(tree/"seg_label_map.txt")
     told = [re.fullmatch(r"(?:(\d+)[\s:;,.=-]*)?(\S.*)", line, re.ASCII).groups() for line in lines]
     names = [re.sub(r"[\s_-]+", "_", name.strip().lower()) for _, name in told]
     bare = [number is None for number, _ in told]
-    if any(bare) and not all(bare): raise ValueError(f"seg_label_map.txt has lines with a number and lines without: {_some(lines)}")
-    values = range(0 if names[0] == CLASSES[0] else 1, len(names) + 1) if all(bare) else [int(number) for number, _ in told]
+    if any(bare) and not all(bare):
+        raise ValueError(f"seg_label_map.txt has lines with a number and lines without: {_some(lines)}")
+    first = 0 if names[0] == CLASSES[0] else 1
+    values = range(first, first + len(names)) if all(bare) else [int(number) for number, _ in told]
     strange = [line for line, name, value in zip(lines, names, values) if name not in CLASSES and value != IGNORE]
-    if strange: raise ValueError(f"seg_label_map.txt has unknown names: {_some(strange)}; known are {', '.join(CLASSES)}")
-    known[:] = IGNORE
+    if strange:
+        raise ValueError(f"seg_label_map.txt has unknown names: {_some(strange)}; known are {', '.join(CLASSES)}")
+    known[1:] = IGNORE                                                            # what is not told, 0 is background
     for value, name in zip(values, names):
-        if name in CLASSES: known[value] = CLASSES.index(name)
+        if name in CLASSES:
+            known[value] = CLASSES.index(name)
     return known
 
-_ENTRY = re.compile(r"(.+\.json)#(box:)?(.+)")                # an entry of a COCO file of the tree; any other # belongs to a file's name
+_ENTRY = re.compile(r"(.+\.json)#(box:)?(\d+_\d+)")       # an entry of a COCO file of the tree; any other # is part of a name
 
 def _picture(path: Path) -> np.ndarray:
     "`(H, W)` values of a PNG, whose channels must be the same."
     data = path.read_bytes()
-    if found := _foreign(data): raise ValueError(found)
+    if found := _foreign(data):
+        raise ValueError(found)
     try:
-        with Image.open(io.BytesIO(data)) as image: values, bands = np.asarray(image), image.getbands()
-    except UnidentifiedImageError: raise ValueError(f"it is no picture: it begins with {data[:8]!r}") from None
-    except (OSError, SyntaxError) as e: raise ValueError(f"it is cut short or damaged ({e})") from None
-    if values.ndim == 3 and bands[-1] == "A" and (values[..., -1] == 255).all(): values = values[..., :-1]
+        with Image.open(io.BytesIO(data)) as image:
+            values, bands = np.asarray(image), image.getbands()
+    except UnidentifiedImageError:
+        raise ValueError(f"it is no picture: it begins with {data[:8]!r}") from None
+    except (OSError, SyntaxError) as e:
+        raise ValueError(f"it is cut short or damaged ({e})") from None
+    if values.ndim == 3 and bands[-1] == "A" and (values[..., -1] == 255).all():
+        values = values[..., :-1]
     if values.ndim == 3:
-        if (values != values[..., :1]).any(): raise ValueError("its channels differ: a mask has the class in each of its three")
+        if (values != values[..., :1]).any():
+            raise ValueError("its channels differ: a mask has the class in each of its three")
         values = values[..., 0]
-    if values.dtype.kind == "f": raise ValueError("its pixels are not whole numbers")
+    if values.dtype.kind == "f":
+        raise ValueError("its pixels are not whole numbers")
     return values.astype(np.int64)
 
 def _classes_of(tree: Path, mask: str) -> tuple[np.ndarray, dict[int, int]]:
@@ -506,7 +559,8 @@ def _classes_of(tree: Path, mask: str) -> tuple[np.ndarray, dict[int, int]]:
     if entry := _ENTRY.fullmatch(mask):
         file, box, name = entry.groups()
         image, objects = _objects(tree, file)[name]
-        if box: return _fill_boxes(*_size(image), [(a["category"], _box(a, file)) for a in objects]), {}
+        if box:
+            return _fill_boxes(*_size(image), [(a["category"], _box(a, file)) for a in objects]), {}
         return _paint([(a["category"], _region(a.get("segmentation"), image)) for a in objects]), {}
     values = _picture(tree/mask)
     known = _label_map(tree if mask.startswith("semseg/") else Path("nowhere"))
@@ -522,8 +576,10 @@ def read_mask(data, mask: str) -> np.ndarray:
     """`(H, W)` uint8 of `CLASSES`, 255 where there is none or an unknown one, from an entry of the column `mask`.
 
     Raises `ValueError` naming what cannot be read; `irregularities` counts the unknown classes."""
-    try: return _classes_of(open_tree(data), mask)[0]
-    except ValueError as e: raise ValueError(f"{_called(mask)}: {e}") from None
+    try:
+        return _classes_of(open_tree(data), mask)[0]
+    except ValueError as e:
+        raise ValueError(f"{_called(mask)}: {e}") from None
 
 # %% ../nbs/lib/03_endoscapes.ipynb #7f12efc6
 def targets(frames: pd.DataFrame, labels: str = "majority") -> np.ndarray:
@@ -568,7 +624,8 @@ def make_clips(frames: pd.DataFrame, protocol: Protocol = OFFICIAL) -> pd.DataFr
     if protocol.labels == "clip":
         alone, y = y, (np.where(table["labelled"].to_numpy()[:, None], targets(table), 0.)[rows].mean(axis=1) > 0.5).astype(float)
     filled = np.pad(rows, ((0, 0), (0, protocol.shown - protocol.n_frames)), mode="edge")
-    clips["frames"], clips["seconds"] = table["frame"].to_numpy()[filled].tolist(), table["seconds"].to_numpy()[filled].tolist()
+    for shown in ("frame", "seconds"):
+        clips["frames" if shown == "frame" else shown] = table[shown].to_numpy()[filled].tolist()
     clips[[f"y_{c}" for c in _C]] = y
     clips["has_mask"] = (table["mask"] != "").to_numpy()[rows].any(axis=1)
     other = targets(table, "any" if protocol.labels == "majority" else "majority")[chosen]
@@ -612,13 +669,15 @@ _scratch = threading.local()
 def _decoded(path: Path) -> np.ndarray:
     "`(h, w, 3)` uint8 of a JPEG, to be used up before this thread decodes the next into the same memory: fresh memory takes a third as long as decoding."
     jpeg = path.read_bytes()
-    if not jpeg.startswith(b"\xff\xd8"): raise ValueError(_foreign(jpeg) or f"no JPEG: it begins with {jpeg[:8]!r}")
+    if not jpeg.startswith(b"\xff\xd8"):
+        raise ValueError(_foreign(jpeg) or f"no JPEG: it begins with {jpeg[:8]!r}")
     try:
         height, width = decode_jpeg_header(jpeg)[:2]
         if len(getattr(_scratch, "memory", ())) < 3*width*height: _scratch.memory = np.empty(3*width*height, np.uint8)
         return decode_jpeg(jpeg, buffer=_scratch.memory)
     except ValueError as e:                                                     # what follows the marker of the end is padding
-        if "Premature end" in str(e) or b"\xff\xd9" not in jpeg: raise ValueError(f"it is cut short, to {len(jpeg):,} bytes ({e})") from None
+        if "Premature end" in str(e) or b"\xff\xd9" not in jpeg:
+            raise ValueError(f"it is cut short, to {len(jpeg):,} bytes ({e})") from None
         raise ValueError(f"a damaged JPEG ({e})") from None
 
 def _pixels(path: Path, geometry: str, size: int) -> np.ndarray:
@@ -636,12 +695,14 @@ class _Array:
     """The packed frames of one split: `frames.npy`, a note for each block, and an index once it is whole. Its folder's name follows from
     what the files hold (`held`: path -> digest, as looked up at `looked`), and a block of the same files is copied from a neighbour."""
     def __init__(self, name: str, tree: Path, held: dict[str, str], looked: int, geometry: str, size: int):
-        self.tree, self.paths, self.held, self.looked, self.geometry, self.size = tree, list(held), held, looked, geometry, size
+        self.tree, self.paths, self.held, self.looked = tree, list(held), held, looked
+        self.geometry, self.size = geometry, size
         self.kind = f"{name}_{geometry}{size}_"
         self.folder = cache_dir()/"frames"/(self.kind + digest([list(held.items()), PIXELS], 12))
         self.file = self.folder/"frames.npy"
         header = io.BytesIO()
-        np.lib.format.write_array_header_2_0(header, dict(descr="|u1", fortran_order=False, shape=(len(self.paths), 3, size, size)))
+        shape = (len(held), 3, size, size)
+        np.lib.format.write_array_header_2_0(header, dict(descr="|u1", fortran_order=False, shape=shape))
         self.header = header.getvalue()
 
     def _place(self, frame): return len(self.header) + frame * 3*self.size**2
@@ -665,12 +726,14 @@ class _Array:
                 raise ValueError("it was changed while it was packed: run this again")
         except (OSError, ValueError) as e:
             out[:] = 0
-            return (str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}").replace(str(self.tree), self.tree.name)
+            why = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+            return why.replace(str(self.tree), self.tree.name)
 
     def _noted(self, folder: Path, start: int, held: str) -> tuple[dict, bytes]:
         "The note and the bytes of a block of the files `held`, if `folder` has it and its bytes are as noted; else nothing."
         note = _read_json(folder/"blocks"/f"{start:06d}.json")
-        if note.get("held") != held or not (folder/"frames.npy").is_file(): return {}, b""
+        if note.get("held") != held or not (folder/"frames.npy").is_file():
+            return {}, b""
         with open(folder/"frames.npy", "rb") as f:
             f.seek(self._place(start))
             block = f.read(note["bytes"])
@@ -681,10 +744,12 @@ class _Array:
         paths = self.paths[start:start + BLOCK]
         path, held = self.folder/"blocks"/f"{start:06d}.json", digest([[p, self.held[p]] for p in paths], 16)
         note, block = self._noted(self.folder, start, held)
-        if note: return note
+        if note:
+            return note
         for other in self.others:
             note, block = self._noted(other, start, held)
-            if note: break
+            if note:
+                break
         with open(self.file, "r+b") as f:
             if note:
                 f.seek(self._place(start))
@@ -700,7 +765,8 @@ class _Array:
             f.flush()
             os.fsync(f.fileno())                                       # a note says what is on the disk
         brightness = pixels.sum(axis=(2, 3), dtype=np.uint32).sum(axis=1) / pixels[0].size
-        note = dict(start=start, held=held, bytes=pixels.nbytes, crc=zlib.crc32(pixels), brightness=brightness.round(2).tolist(), unreadable=unreadable)
+        note = dict(start=start, held=held, bytes=pixels.nbytes, crc=zlib.crc32(pixels), brightness=brightness.round(2).tolist(),
+                    unreadable=unreadable)
         if not unreadable: save(path, note)
         return note
 
@@ -750,16 +816,21 @@ def _square_mask(tree: Path, mask: str, frame: str, geometry: str, size: int) ->
     "`(size, size)` of a mask, its unknown classes, and what is wrong with it."
     try:
         classes, unknown = _classes_of(tree, mask)
-        with Image.open(tree/frame) as image: width, height = image.size
+        with Image.open(tree/frame) as image:
+            width, height = image.size
         if not _same_shape(classes.shape, (height, width)):
-            raise ValueError(f"it is {classes.shape[1]} x {classes.shape[0]} pixels, other proportions than its frame of {width} x {height}: a mask must show the whole frame")
-    except (OSError, ValueError) as e: return None, {}, str(e)
-    return np.asarray(Image.fromarray(_cut(classes, geometry)).resize((size, size), Image.Resampling.NEAREST)), unknown, ""
+            its = f"{classes.shape[1]} x {classes.shape[0]} pixels, other proportions than its frame of {width} x {height}"
+            raise ValueError(f"it is {its}: a mask must show the whole frame")
+    except (OSError, ValueError) as e:
+        return None, {}, str(e)
+    small = Image.fromarray(_cut(classes, geometry)).resize((size, size), Image.Resampling.NEAREST)
+    return np.asarray(small), unknown, ""
 
 _said = set()
 
 def _say_once(words: str):
-    if words not in _said and main_process(): print(words)
+    if words not in _said and main_process():
+        print(words)
     _said.add(words)
 
 def _pack_masks(tree: Path, frames: pd.DataFrame, geometry: str, size: int, threads: int) -> tuple[Path, pd.Index]:
@@ -773,15 +844,19 @@ def _pack_masks(tree: Path, frames: pd.DataFrame, geometry: str, size: int, thre
         with ThreadPoolExecutor(threads) as pool:
             read = list(pool.map(_square_mask, repeat(tree), masks, masked["path"], repeat(geometry), repeat(size)))
         _refuse(tree, [f"{_called(m)}: {wrong}" for m, (_, _, wrong) in zip(masks, read) if wrong])
-        if _held_masks(tree, masks) != held: raise ValueError(f"masks of {tree.name} were changed while they were read: run this again")
+        if _held_masks(tree, masks) != held:
+            raise ValueError(f"masks of {tree.name} were changed while they were read: run this again")
         save(path.with_suffix(".json"), {_called(m): unknown for m, (_, unknown, _) in zip(masks, read) if unknown})
         atomic(path, lambda tmp: np.save(tmp, np.stack([square for square, _, _ in read])))
     unknown = load(path.with_suffix(".json")) if masks else {}
-    if unknown: _say_once(f"note: {tree.name} has pixels of unknown classes, which count as unlabelled ({IGNORE}): {_unknown_classes(unknown)}")
+    if unknown:
+        where = _unknown_classes(unknown)
+        _say_once(f"note: {tree.name} has pixels of unknown classes, which count as unlabelled ({IGNORE}): {where}")
     return path, pd.Index(_ids(masked["video"], masked["frame"]))
 
 def _unknown_classes(unknown: dict) -> str:
-    return _some(f"{mask} ({', '.join(f'class {c}, {n} pixels' for c, n in counts.items())})" for mask, counts in unknown.items())
+    def words(counts): return ", ".join(f"class {c}, {n} pixels" for c, n in counts.items())
+    return _some(f"{mask} ({words(counts)})" for mask, counts in unknown.items())
 
 def add_masks(data, frames: pd.DataFrame, source: str) -> pd.DataFrame:
     """`frames` with masks from `source` on frames of train that have none (`mask_source` says which): `ground_truth` adds nothing, `boxes`
@@ -826,7 +901,8 @@ class FrameStore:
 
     `held` has a digest of the file of each row. Files are mapped where they are first read, so a store travels to the workers of a loader."""
     def __init__(self, files: list[Path], ids: np.ndarray, starts: list[int], brightness, unreadable: dict, size: int, held, masks=None):
-        self.files, self.starts, self.size, self.masks, self.held = files, np.array(starts), size, masks, np.array(held, "S32")
+        self.files, self.starts, self.size, self.masks = files, np.array(starts), size, masks
+        self.held = np.array(held, "S32")
         self.index, self.brightness, self.unreadable, self._open = pd.Index(ids), np.array(brightness, np.float32), unreadable, {}
         self.unread = [int(v)*1_000_000 + int(f) for v, f in (Path(p).stem.split("_") for p in unreadable)]
         assert len(self.index) == len(self.brightness) and self.index.is_unique
@@ -886,8 +962,9 @@ def pack_frames(
     for path, why in unreadable.items(): ledger.add(path, why)
     if unreadable: ledger.check(len(frames))
     starts = np.cumsum([0, *map(len, parts.values())])[:-1].tolist()
-    return FrameStore([a.file for a in arrays], _ids(frames["video"], frames["frame"]), starts, [b for i in indexes for b in i["brightness"]], unreadable, size, list(held.values()),
-                      _pack_masks(tree, frames[~frames["path"].isin(unreadable)], geometry, size // 4, threads) if masks else None)
+    read = frames[~frames["path"].isin(unreadable)]
+    return FrameStore([a.file for a in arrays], _ids(frames["video"], frames["frame"]), starts, [b for i in indexes for b in i["brightness"]],
+                      unreadable, size, list(held.values()), _pack_masks(tree, read, geometry, size // 4, threads) if masks else None)
 
 def mark_black(frames: pd.DataFrame, store: FrameStore, threshold: float = BLACK) -> pd.DataFrame:
     "`frames` with `brightness` (mean pixel, 0 to 255) and `black` (below `threshold`), without those that could not be read."
@@ -899,17 +976,19 @@ def mark_black(frames: pd.DataFrame, store: FrameStore, threshold: float = BLACK
 def _link_rows(tree: Path) -> list[tuple]:
     "Links of the archive that were unpacked as files: in place of a folder, of an annotation file or list, and of pictures."
     parents = [*(f"{s}_seg" for s in SPLITS), "all", "12_5", "25"]
-    folds = [p.relative_to(tree).as_posix() for b in ("12_5", "25") if (tree/b).is_dir() for p in sorted((tree/b).iterdir())]
+    folds = [f"{b}/{name}" for b in ("12_5", "25") if (tree/b).is_dir() for name in sorted(os.listdir(tree/b))]
     folders = [f for f in [*parents, *folds] if (tree/f).is_file()]
     rows = [("link unpacked as a file", f, 1, "", "what is in this folder is not read: copy the folder it points to") for f in folders]
     told = [pattern.format(f) for f in [*SPLITS, *parents, *folds] for which, pattern in COCO.items() if which != "seg"]
     lists = [f"{s}{kind}_vids.txt" for s in SPLITS for kind in ("", "_seg")]
     for name in (n for n in [*told, *lists] if (tree/n).is_file() and (tree/n).stat().st_size < 300):
-        if found := _foreign((tree/name).read_bytes()) if name in told else "is empty" * ((tree/name).stat().st_size == 0):
+        found = _foreign((tree/name).read_bytes())
+        if found == "is empty" or (found and name not in lists):                          # a short list looks like a link
             rows.append(("link unpacked as a file", name, 1, found, "copy the file it points to"))
     for folder in (f for f in [*parents, *folds] if (tree/f).is_dir()):
         with os.scandir(tree/folder) as entries:
-            small = sorted(e.name for e in entries if e.name.lower().endswith(IMAGES) and e.is_file() and e.stat().st_size < 100)
+            pictures = [e for e in entries if e.name.lower().endswith(IMAGES) and e.is_file()]
+            small = sorted(e.name for e in pictures if e.stat().st_size < 100)
         if small:
             what = "nothing is lost: frames are read from train, val and test"
             rows.append(("pictures unpacked as links", f"{folder}/", len(small), _some(small), what))
@@ -919,19 +998,21 @@ def _coco_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
     "Where the COCO files of the splits lack frames of the table, or say something else of them."
     rows = []
     for split in SPLITS:
-        for which, wanted in {"1fps": frames["split"] == split, "key": (frames["split"] == split) & frames["key"]}.items():
+        of_split = frames[frames["split"] == split]
+        for which, wanted in {"1fps": of_split, "key": of_split[of_split["key"]]}.items():
             file = COCO[which].format(split)
             try:
                 coco = read_coco(tree, split, which)
             except (FileNotFoundError, ValueError) as e:
                 rows.append(("COCO file that cannot be read", file, 1, str(e), "clips and labels do not need it"))
                 continue
-            both = frames[wanted].merge(coco[["video", "frame"]], on=["video", "frame"], how="left", indicator=True)
+            both = wanted.merge(coco[["video", "frame"]], on=["video", "frame"], how="left", indicator=True)
             gone = both.loc[both["_merge"] == "left_only", "video"].value_counts(sort=False)
             if len(gone):
                 what = ("the table and the folder have them, so no clip is lost; readers that walk this file see other windows "
                         "(the archive itself lacks 228 frames of videos 190 and 194)")
-                rows.append(("frames missing in a COCO file", file, int(gone.sum()), _some(f"video {v} ({n})" for v, n in gone.items()), what))
+                by = _some(f"video {v} ({n})" for v, n in gone.items())
+                rows.append(("frames missing in a COCO file", file, int(gone.sum()), by, what))
             if len(other := disagreements(frames, coco)):
                 what = "all_metadata.csv is what counts here"
                 rows.append(("COCO file against table", file, len(other), _some(other["path"]), what))
@@ -943,13 +1024,15 @@ def _frame_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
     wide = frames[(gap - 1).abs() > .01]
     if len(wide):
         where = _some(f"{g:g} s before {v}_{f}" for g, v, f in zip(gap[wide.index], wide["video"], wide["frame"]))
-        rows.append(("frames that are not a second apart", "all_metadata.csv", len(wide), where, "a clip counts frames, and spans more time there"))
+        what = "a clip counts frames, and spans another time there"
+        rows.append(("frames that are not a second apart", "all_metadata.csv", len(wide), where, what))
     empty = sorted(set(_read_splits(tree)) - set(frames["video"]))
     if empty:
-        rows.append(("videos without frames", "*_vids.txt", len(empty), _some(empty), "listed in a split, and absent from all_metadata.csv"))
+        what = "listed in a split, and absent from all_metadata.csv"
+        rows.append(("videos without frames", "*_vids.txt", len(empty), _some(empty), what))
     if "black" in frames and frames["black"].any():
         black = frames[frames["black"]]
-        what = f"darker than {BLACK:g} of 255: `black=drop` of the protocol leaves out clips of which it is the own frame"
+        what = f"darker than {BLACK:g} of 255: `black=drop` of a protocol leaves out the clips of such frames"
         by = _some(f"{n} in {s}" for s, n in black["split"].value_counts().items())
         rows.append(("black frames", "train/ val/ test/", len(black), f"{by}, of them {black['key'].sum()} key-frames", what))
     return rows
@@ -959,17 +1042,21 @@ def _mask_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
     rows, unknown, wrong = [], {}, {}
     drawn = _files(tree/"semseg", MASKS)
     of_none = sorted(set(drawn) - set(frames["video"].astype(str) + "_" + frames["frame"].astype(str)))
+    masked = frames[frames["mask"] != ""]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = list(pool.map(_square_mask, repeat(tree), (m := frames[frames["mask"] != ""])["mask"], m["path"], repeat("squash"), repeat(1)))
-    for mask, (_, strange, why) in zip(m["mask"], read):
-        if strange: unknown[mask] = strange
-        if why: wrong[mask] = why
+        read = list(pool.map(_square_mask, repeat(tree), masked["mask"], masked["path"], repeat("squash"), repeat(1)))
+    for mask, (_, strange, why) in zip(masked["mask"], read):
+        if strange:
+            unknown[mask] = strange
+        if why:
+            wrong[mask] = why
     if unknown:
         pixels = sum(n for counts in unknown.values() for n in counts.values())
         what = f"these {pixels} pixels count as unlabelled ({IGNORE})"
         rows.append(("masks with unknown classes", "semseg/", len(unknown), _unknown_classes(unknown), what))
     if wrong:
-        rows.append(("masks that cannot be read", "semseg/", len(wrong), _some(f"{k}: {v}" for k, v in wrong.items()), "runs with masks stop there"))
+        why = _some(f"{mask}: {why}" for mask, why in wrong.items())
+        rows.append(("masks that cannot be read", "semseg/", len(wrong), why, "runs with masks stop there"))
     if of_none:
         rows.append(("masks of no frame", "semseg/", len(of_none), _some(of_none), "they are not used"))
     return rows
@@ -1017,7 +1104,8 @@ def open_datasets(
     splits = list(dict.fromkeys(["train", "val", protocol.split]))
     frames = read_frames(data, ledger).query("split in @splits")
     trained = set(frames.query("split == 'train'")["video"])
-    if budget: frames = frames[(frames["split"] != "train") | frames["video"].isin(_fold(data, budget, trained))]
+    if budget:
+        frames = frames[(frames["split"] != "train") | frames["video"].isin(_fold(data, budget, trained))]
     if isinstance(masks, str): frames = add_masks(data, frames, masks)
     store = pack_frames(data, frames, protocol.geometry, protocol.size, bool(masks), ledger)
     frames, datasets = mark_black(frames, store), {}

@@ -74,7 +74,8 @@ def cache_tokens(
     folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), asdict(dataset.protocol), PIXELS, pool, recipe.precision], 16)
     blocks = [[int(i) for i in b] for b in np.array_split(np.arange(len(dataset)), range(BLOCK, len(dataset), BLOCK))]
     names = [dataset.clips["clip"].iloc[b].tolist() for b in blocks]
-    held = [digest([clips, dataset.store.held[dataset.rows[b]].astype(str)], 16) for b, clips in zip(blocks, names)]    # what they show, not only whose they are
+    shown = [dataset.store.held[dataset.rows[b]].astype(str) for b in blocks]                # digests of the frames' files
+    held = [digest([clips, files], 16) for clips, files in zip(names, shown)]
     files = {v: [folder/f"{h}_{v}.safetensors" for h in held] for v in views}
     todo = [(b, clips, {v: p for v, p in zip(views, paths) if not p.exists()}) for b, clips, *paths in zip(blocks, names, *files.values())]
     todo = [(b, clips, missing) for b, clips, missing in todo if missing]
