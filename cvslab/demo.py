@@ -11,6 +11,7 @@ import io, json, os, shutil, sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.resources import files
 from itertools import chain, repeat
 from math import cos, pi, sin
@@ -70,18 +71,22 @@ def _tell(split, count, seconds, rng):
         n, first = int(rng.integers(seconds[0], seconds[1] + 1)), int(rng.integers(2, 7))
         lost = max(KEY_EVERY, round(3*_BLACK[split]*n))*(i in unlucky)
         gone = int(rng.integers(first, n - lost + 1))
-        video = SimpleNamespace(split=split, vid=VIDEO_IDS[split][0] + i, n=n, first=first, state=np.arange(n)[:, None]/n - start,
-                                black=(np.arange(n) >= gone) & (np.arange(n) < gone + lost))
-        video.votes = _votes(video.state[first::KEY_EVERY], rng)*~video.black[None, first::KEY_EVERY, None]
-        videos.append(video)
-    met = np.concatenate([_labels(v) for v in videos])
-    shares = [*met.mean(0), (~met).all(1).mean(), met.all(1).mean()]
+        keys = np.arange(first, n, KEY_EVERY)
+        seen = (keys < gone) | (keys >= gone + lost)
+        videos.append(SimpleNamespace(split=split, vid=VIDEO_IDS[split][0] + i, n=n, first=first, start=start, gone=gone, lost=lost,
+                                      votes=_votes(keys[:, None]/n - start, rng)*seen[None, :, None]))
+    met = np.concatenate([v.votes.sum(0) >= 2 for v in videos])
+    copies = np.concatenate([np.minimum(KEY_EVERY, np.arange(v.n - v.first, 0, -KEY_EVERY)) for v in videos])
+    frames, reached = sum(v.n for v in videos), met.sum(1)
+    shares = [*copies@met/frames, 1 - copies@(reached > 0)/frames, copies@(reached == 3)/frames]
     return sum((a - b)**2 for a, b in zip(shares, _SHARES[split])), videos
 
 def _story(split, count, seconds, masked, rng):
     "The best of two hundred tellings; `masked` is the share of videos that get masks."
     _, videos = min((_tell(split, count, seconds, rng) for _ in range(200)), key=lambda told: told[0])
-    for i, video in zip(rng.permutation(count), videos): video.masked = bool(i < max(1, round(masked*count)))
+    for i, video in zip(rng.permutation(count), videos):
+        second, video.masked = np.arange(video.n), bool(i < max(1, round(masked*count)))
+        video.state, video.black = second[:, None]/video.n - video.start, (second >= video.gone) & (second < video.gone + video.lost)
     return videos
 
 # %% ../nbs/lib/05_demo.ipynb #e2c90a76
@@ -90,6 +95,8 @@ _TURN = np.linspace(0, 2*pi, 16, endpoint=False)
 _CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], 1)
 
 def _points(*pairs): return np.array(pairs, float)
+
+@lru_cache(maxsize=10_000)
 def _mix(colour, other, share): return tuple(int(x + (y - x)*share) for x, y in zip(colour, other))
 
 def _smooth(points):
@@ -104,10 +111,11 @@ def _curve(a, b, c, n=16):
     return (1 - t)**2*a + 2*t*(1 - t)*b + t**2*c
 
 def _ribbon(path, width):
-    "The outline (..., 2n, 2) of a band along `path` (n, 2) that is `width` wide: one number, or (..., n), one at each point."
+    "The outline (..., 2n, 2) of a band along `path` (..., n, 2) that is `width` wide: one number, or (..., n), one at each point."
     along = np.empty_like(path)
-    along[1:-1], along[0], along[-1] = path[2:] - path[:-2], path[1] - path[0], path[-1] - path[-2]
-    side = along[:, ::-1]*(-.5, .5)/np.hypot(*along.T)[:, None]*np.asarray(width)[..., None]
+    along[..., 1:-1, :] = path[..., 2:, :] - path[..., :-2, :]
+    along[..., 0, :], along[..., -1, :] = path[..., 1, :] - path[..., 0, :], path[..., -1, :] - path[..., -2, :]
+    side = along[..., ::-1]*(-.5, .5)*(width/np.hypot(along[..., 0], along[..., 1]))[..., None]
     return np.concatenate([path + side, (path - side)[..., ::-1, :]], axis=-2)
 
 def _lumps(radius, bumps, squash=.8):
@@ -127,19 +135,19 @@ def _body(points, colour, shine=.45, steps=4):
     return middle + (points - middle)*(1 - .95*share) + _LIGHT*reach*share*.8, tones
 
 def _tube(path, width, colour, shine=.6):
-    "A tube along `path` (n, 2) as a stack: dark, then narrower in its colour, then its shine, both shifted towards the light."
+    "Tubes along `path` (..., n, 2) as a stack: each dark, then narrower in its colour, then its shine, both shifted towards the light."
     shift = np.array([0, .3, 1])*np.mean(width)
-    outlines = _ribbon(path, np.array([[1], [.74], [.24]])*width) + shift[:, None, None]*_LIGHT
-    return outlines, [_mix(colour, (40, 10, 10), .5), colour, _mix(colour, (255, 250, 245), shine)]
+    outlines = _ribbon(path[..., None, :, :], np.array([[1], [.74], [.24]])*width) + shift[:, None, None]*_LIGHT
+    outlines = outlines.reshape(-1, *outlines.shape[-2:])
+    return outlines, [_mix(colour, (40, 10, 10), .5), colour, _mix(colour, (255, 250, 245), shine)]*(len(outlines)//3)
 
 # %% ../nbs/lib/05_demo.ipynb #389a9f41
 def _tool(tip, origin, width, gape):
-    "A shaft from `origin` to the joint before `tip`, and two jaws: three stacks."
+    "A shaft from `origin` to the joint before `tip`, and two jaws: two stacks."
     axis = (origin - tip)/np.hypot(*(origin - tip))
     joint, across = tip + .16*axis, gape*np.array([-axis[1], axis[0]])
-    jaws = [np.stack([joint, (joint + tip)/2 + .09*side, tip + .05*side]) for side in (across, -across)]
-    return [_tube(np.stack([joint, origin]), width, (72, 76, 84), .55),
-            *(_tube(jaw, width*np.array([.62, .42, .2]), (150, 154, 160), .85) for jaw in jaws)]
+    jaws = np.array([[joint, (joint + tip)/2 + .09*side, tip + .05*side] for side in (across, -across)])
+    return [_tube(np.array([joint, origin]), width, (72, 76, 84), .55), _tube(jaws, width*np.array([.62, .42, .2]), (150, 154, 160), .85)]
 
 # %% ../nbs/lib/05_demo.ipynb #2939e0de
 _LIVER = _points((-.6, -.7), (1.45, -.7), (1.3, .12), (1.02, .36), (.74, .45), (.45, .52), (.2, .66), (-.6, .85))
@@ -206,7 +214,8 @@ def _plate(bed, bare, colour):
     if bare < .03:
         return []
     width = .31*bare*np.sin(np.linspace(.12, pi - .12, len(bed)))**.6
-    outlines = np.stack([_ribbon(bed, width), _ribbon(bed, width*.86), _ribbon(bed + .1*_LIGHT, width*.4)])
+    outlines = _ribbon(bed, np.array([[1], [.86], [.4]])*width)
+    outlines[2] += .1*_LIGHT
     return [(1, [(outlines, [_mix(colour, (150, 70, 60), .4), colour, (255, 244, 236)])])]
 
 def _covers(v, c1, c2):
@@ -487,6 +496,8 @@ def draw_endoscapes(
         save(tree/"drawn_by_cvslab.json", card)
         told, drawn = [], []
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            if workers > 1:
+                pool.submit(abs, 0)                                                # the processes start while the first story is told
             for split, n in zip(VIDEO_IDS, card["videos"]):
                 told += (story := _story(split, n, seconds, masked, rng))
                 drawn.append((map if workers == 1 else pool.map)(_draw_video, repeat(tree), story, repeat(card)))   # while the next are told
