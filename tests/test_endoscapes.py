@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from cvslab import endoscapes
 from cvslab.core import Ledger, load
 from cvslab.demo import draw_endoscapes
-from cvslab.endoscapes import (OFFICIAL, PROTOCOLS, RECORDED, ClipDataset, Protocol, data_card, disagreements, label_proof, make_clips, mark_black, open_datasets,
+from cvslab.endoscapes import (IGNORE, OFFICIAL, PROTOCOLS, RECORDED, ClipDataset, Protocol, data_card, disagreements, label_proof, make_clips, mark_black, open_datasets,
                                open_tree, pack_frames, rater_table, read_coco, read_frames, read_mask, read_objects, rle_to_mask, summary, targets)
 
 WIDTH, HEIGHT = 40, 24
@@ -513,14 +513,18 @@ def test_readers_agree_on_the_drawn_tree(drawn):
     assert data_card(drawn)["demo"] and (frames["mask"] != "").sum() >= 3
     for split in endoscapes.SPLITS:
         every, key, box = (read_coco(drawn, split, which) for which in ("1fps", "key", "boxes"))
-        assert every["path"].tolist() == frames.loc[frames["split"] == split, "path"].tolist()
+        here = frames[frames["split"] == split]
+        unlisted = here[~here["path"].isin(every["path"])]             # in test, the COCO file lacks some, as in the archive
+        assert every["path"].isin(here["path"]).all() and (len(unlisted) > 0) == (split == "test") and not unlisted["key"].any()
         assert disagreements(frames, every).empty and disagreements(frames, key).empty and disagreements(frames, box).empty
         assert len(make_clips(frames, replace(OFFICIAL, split=split))) == len(key)
-        assert len(make_clips(frames, replace(RECORDED, split=split))) == len(every)
+        assert len(make_clips(frames, replace(RECORDED, split=split))) == len(every) + len(unlisted)
 
 def test_drawn_masks_are_the_same_as_images_and_run_lengths(drawn):
     for f in read_frames(drawn).query("mask != ''").itertuples():
-        assert (read_mask(drawn, f.mask) == read_mask(drawn, f"{f.split}_seg/annotation_coco.json#{f.video}_{f.frame}")).all(), f.path
+        image, listed = read_mask(drawn, f.mask), read_mask(drawn, f"{f.split}_seg/annotation_coco.json#{f.video}_{f.frame}")
+        known = image != IGNORE                                        # some masks leave a spot open
+        assert (image[known] == listed[known]).all() and known.mean() > .98, f.path
 
 @pytest.mark.parametrize("labels", ["majority", "recorded", "rater1", "rater3"])
 def test_drawn_labels_follow_from_the_votes(drawn, labels):
