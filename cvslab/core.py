@@ -39,9 +39,11 @@ def root() -> Path:
 def local(path) -> Path:
     "`path` as a user writes it: `~` is the home folder, and what is not absolute is seen from the project."
     try:
-        return root()/Path(path).expanduser()
+        return root() / Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{path}: there is no user of that name here, so no home folder: write the whole path") from None
+        raise ValueError(
+            f"{path}: there is no user of that name here, so no home folder: write the whole path"
+        ) from None
 
 def cache_dir() -> Path:
     "Folder for what can be made again (drawn data, packed frames, features): `$CVSLAB_CACHE`, else `.cache` in the project."
@@ -84,7 +86,7 @@ _FULL = re.compile(r"no space left|quota exceeded|unexpected pos|PytorchStreamWr
 
 def byte_size(n: float) -> str:
     "`n` bytes in the unit that suits."
-    return f"{n/1e9:.1f} GB" if n >= 1e9 else f"{n/1e6:.1f} MB" if n >= 1e6 else f"{n/1e3:.0f} kB"
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{n / 1e3:.0f} kB"
 
 def free_bytes(folder) -> int:
     "Bytes free on the disk that `folder` is on, or will be on once it is made."
@@ -93,18 +95,23 @@ def free_bytes(folder) -> int:
 
 @contextmanager
 def writing(path, need: int = 0):
-    "A block that writes the file `path`, of about `need` bytes: where its disk is full, an `OSError` says so in these words, whichever library was writing."
+    """A block that writes the file `path`, of about `need` bytes: where its disk is full, an `OSError` says so in these
+    words, whichever library was writing."""
     try:
         yield
     except Exception as e:
         if getattr(e, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not _FULL.search(str(e)):
             raise
         path, asked = Path(path), f"needs {byte_size(need)}" if need else "does not fit"
-        raise OSError(f"the disk of {rel(path.parent)} is full: {path.name} {asked}, {byte_size(free_bytes(path.parent))} are free. "
-                      "Make room there; the same command then goes on after what was written whole") from e
+        raise OSError(
+            f"the disk of {rel(path.parent)} is full: {path.name} {asked}, {byte_size(free_bytes(path.parent))} "
+            "are free. "
+            "Make room there; the same command then goes on after what was written whole"
+        ) from e
 
 def atomic(path, write, need: int = 0) -> Path:
-    "Call `write(temporary_path)` beside `path`, flush it to disk and rename it into place; return `path`. `need`: as in `writing`."
+    """Call `write(temporary_path)` beside `path`, flush it to disk and rename it into place; return `path`. `need`: as
+    in `writing`."""
     path = Path(path)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     with writing(path, need):
@@ -435,11 +442,15 @@ _ODD_NUMBER = re.compile(r"[-+]?(0[0-9_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)")      #
 
 class _NoDates(yaml.SafeLoader):
     "Dates stay text, as for papermill."
-    yaml_implicit_resolvers = {k: [r for r in v if r[0] != "tag:yaml.org,2002:timestamp"] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    yaml_implicit_resolvers = {
+        k: [r for r in v if r[0] != "tag:yaml.org,2002:timestamp"]
+        for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 def _yaml_problems(node, seen: set):
     "Keys that stand twice in a mapping, and numbers that YAML reads otherwise than they look, each with its line."
-    if node is None or id(node) in seen: return
+    if node is None or id(node) in seen:
+        return
     seen.add(id(node))
     if isinstance(node, yaml.ScalarNode):
         if node.tag.endswith((":int", ":float")) and node.style is None and _ODD_NUMBER.fullmatch(node.value):
@@ -450,18 +461,23 @@ def _yaml_problems(node, seen: set):
     for item in node.value:
         if isinstance(item, tuple):
             key, line = (item[0].tag, str(item[0].value)), item[0].start_mark.line + 1
-            if key in first: yield f"`{item[0].value}` stands twice, in lines {first[key]} and {line}: delete one of them"
+            if key in first:
+                yield f"`{item[0].value}` stands twice, in lines {first[key]} and {line}: delete one of them"
             first.setdefault(key, line)
-        for part in item if isinstance(item, tuple) else (item,): yield from _yaml_problems(part, seen)
+        for part in item if isinstance(item, tuple) else (item,):
+            yield from _yaml_problems(part, seen)
 
 def read_yaml(text: str):
-    "The content of one YAML document; `ParameterError` where a key stands twice or a number is not what it looks like, `yaml.YAMLError` where it is none."
+    """The content of one YAML document; `ParameterError` where a key stands twice or a number is not what it looks
+    like, `yaml.YAMLError` where it is none."""
     loader = _NoDates(text)
     try:
         node = loader.get_single_node()
-        if problems := list(_yaml_problems(node, set())): raise ParameterError("; ".join(problems))
+        if problems := list(_yaml_problems(node, set())):
+            raise ParameterError("; ".join(problems))
         return None if node is None else loader.construct_document(node)
-    finally: loader.dispose()
+    finally:
+        loader.dispose()
 
 def _papermill() -> tuple[list[str], Path]:
     "Command line and folder of the papermill that runs this kernel; an empty one elsewhere."
@@ -469,10 +485,12 @@ def _papermill() -> tuple[list[str], Path]:
         parent = psutil.Process().parent()
         line = parent.cmdline() if parent else []
         return (line, Path(parent.cwd())) if any(Path(word).stem == "papermill" for word in line[:4]) else ([], Path())
-    except psutil.Error: return [], Path()
+    except psutil.Error:
+        return [], Path()
 
 def papermill_told() -> dict:
-    "What the command line of this kernel's papermill tells: `typed`, the text of each `-p`, and the `problems` of each file given with `-f`."
+    """What the command line of this kernel's papermill tells: `typed`, the text of each `-p`, and the `problems` of
+    each file given with `-f`."""
     line, folder = _papermill()
     typed = {line[i + 1]: line[i + 2] for i, word in enumerate(line[:-2]) if word in ("-p", "--parameters")}
     files = [line[i + 1] for i, word in enumerate(line[:-1]) if word in ("-f", "--parameters_file")]
@@ -480,37 +498,57 @@ def papermill_told() -> dict:
     problems = []
     for file in files:
         try:
-            if (folder/file).is_file(): read_yaml((folder/file).read_text(encoding="utf-8"))
-        except ParameterError as e: problems.append(f"{file}: {e}")
+            if (folder / file).is_file():
+                read_yaml((folder / file).read_text(encoding="utf-8"))
+        except ParameterError as e:
+            problems.append(f"{file}: {e}")
     return dict(typed=typed, problems=problems)
 
 # %% ../nbs/lib/00_core.ipynb #19b91ba3
 def _text_hint(name, value, typed):
     "What to say where text is needed and a number, a flag or nothing came."
     came = "nothing" if value is None else f"the {type(value).__name__} {value!r}"
-    return (f"text is needed, and {came} came: papermill's -p and YAML make a number of what looks like one (007 comes as 7, 12_5 as 125), a flag "
-            f"of yes and no, nothing of ~. Pass `-r {name} {typed.get(name, value)}`, as you meant it, or write it in quotes in the file")
+    return (
+        f"text is needed, and {came} came: papermill's -p and YAML make a number of what looks like one (007 "
+        "comes as 7, 12_5 as 125), a flag "
+        f"of yes and no, nothing of ~. Pass `-r {name} {typed.get(name, value)}`, as you meant it, or write it in "
+        "quotes in the file"
+    )
 
 def _parse(name, value, kind, typed):
-    "`value` of the parameter `name` as the type `kind`: numbers and flags from their text, lists from YAML, comma-separated text or a single value."
+    """`value` of the parameter `name` as the type `kind`: numbers and flags from their text, lists from YAML,
+    comma-separated text or a single value."""
     if get_origin(kind) is list and isinstance(value, str):
-        try: value = read_yaml(value) if value.lstrip().startswith("[") else [v for v in re.split(r"[,\s]+", value) if v]
-        except yaml.YAMLError: raise ValueError("a list looks like [q, v] or q,v") from None
+        try:
+            value = read_yaml(value) if value.lstrip().startswith("[") else [v for v in re.split(r"[,\s]+", value) if v]
+        except yaml.YAMLError:
+            raise ValueError("a list looks like [q, v] or q,v") from None
     elif get_origin(kind) is list and isinstance(value, (int, float)):
         value = [value]
     schema, values = TypeAdapter(kind).json_schema(), value if isinstance(value, list) else [value]
     schema = schema.get("items", schema)
-    if schema.get("type") == "string" and "enum" not in schema and (other := [v for v in values if not isinstance(v, str)]):
+    if (
+        schema.get("type") == "string"
+        and "enum" not in schema
+        and (other := [v for v in values if not isinstance(v, str)])
+    ):
         raise ValueError(_text_hint(name, other[0], typed))
     numeric = schema.get("type") in ("integer", "number")
-    if numeric and any(isinstance(v, bool) for v in values): raise ValueError("a number is needed, not a flag")
-    try: parsed = TypeAdapter(kind).validate_python(value)
-    except ValidationError as e: raise ValueError("; ".join(err["msg"] for err in e.errors()[:3])) from None
-    if numeric and not np.isfinite(parsed).all(): raise ValueError("a finite number is needed")
+    if numeric and any(isinstance(v, bool) for v in values):
+        raise ValueError("a number is needed, not a flag")
+    try:
+        parsed = TypeAdapter(kind).validate_python(value)
+    except ValidationError as e:
+        raise ValueError("; ".join(err["msg"] for err in e.errors()[:3])) from None
+    if numeric and not np.isfinite(parsed).all():
+        raise ValueError("a finite number is needed")
     return parsed
 
-def check_parameters(declared: dict[str, dict], values: dict, unknown=(), namespace=None, typed: dict = None, problems: list = ()) -> dict:
-    """Each declared parameter of `values` parsed by its type; raise `ParameterError` listing every unknown name and every bad value.
+def check_parameters(
+    declared: dict[str, dict], values: dict, unknown=(), namespace=None, typed: dict = None, problems: list = ()
+) -> dict:
+    """Each declared parameter of `values` parsed by its type; raise `ParameterError` listing every unknown name and
+    every bad value.
 
     `typed`: the text of those that were typed on a command line; `problems`: what is already known to be wrong."""
     problems = list(problems)
@@ -521,9 +559,14 @@ def check_parameters(declared: dict[str, dict], values: dict, unknown=(), namesp
     out = {}
     for name, d in declared.items():
         kind = eval(d["annotation"], dict(namespace or {}))
-        try: out[name] = _parse(name, values[name], kind, typed or {})
-        except ValueError as e: problems.append(f"{name}={values[name]!r}: {e}  ({name}: {d['annotation']} = {d['default']}  # {d['comment']})")
-    if problems: raise ParameterError("\n".join(["the parameters cannot be honoured:", *problems]))
+        try:
+            out[name] = _parse(name, values[name], kind, typed or {})
+        except ValueError as e:
+            problems.append(
+                f"{name}={values[name]!r}: {e}  ({name}: {d['annotation']} = {d['default']}  # {d['comment']})"
+            )
+    if problems:
+        raise ParameterError("\n".join(["the parameters cannot be honoured:", *problems]))
     return out
 
 # %% ../nbs/lib/00_core.ipynb #0ddb615a

@@ -50,41 +50,67 @@ _NO_WEIGHTS = [(rb"version https://git-lfs", "a pointer of git-lfs, not the file
                (rb"\s*[\x20-\x7e\t\r\n]{4,}", "text, no weights: fetch it again")]
 
 def weights_kind(head: bytes, size: int) -> str:
-    "safetensors, zip (`torch.save`) or pickle (`torch.save` of old), by the first bytes of a file of `size` bytes; `ValueError` says what it is instead."
-    if not size: raise ValueError("an empty file: fetch it again")
-    if head.startswith(b"PK\x03\x04"): return "zip"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**30: return "safetensors"
-    if re.match(rb"\x80[\x02-\x05]", head): return "pickle"
-    said = next((words for begin, words in _NO_WEIGHTS if re.match(begin, head, re.S)), "no file of weights: fetch it again")
+    """safetensors, zip (`torch.save`) or pickle (`torch.save` of old), by the first bytes of a file of `size` bytes;
+    `ValueError` says what it is instead."""
+    if not size:
+        raise ValueError("an empty file: fetch it again")
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**30:
+        return "safetensors"
+    if re.match(rb"\x80[\x02-\x05]", head):
+        return "pickle"
+    said = next(
+        (words for begin, words in _NO_WEIGHTS if re.match(begin, head, re.S)), "no file of weights: fetch it again"
+    )
     raise ValueError(f"{said} (it begins with {head[:24]!r})")
 
 def _safetensors_header(path: Path) -> dict:
-    "The header of a safetensors file, name -> dtype, shape, offsets; `ValueError` where the file is not as long as it says."
+    """The header of a safetensors file, name -> dtype, shape, offsets; `ValueError` where the file is not as long as it
+    says."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         text = f.read(length)
     short = f"half a file: its header alone has {length:,} bytes, the file {size:,}: fetch it again"
-    if len(text) < length: raise ValueError(short)
+    if len(text) < length:
+        raise ValueError(short)
     try:
         header = json.loads(text)
         end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError("damaged: its header is no JSON of tensors; fetch it again") from None
-    if size < 8 + length + end: raise ValueError(f"half a file: its header speaks of {8 + length + end:,} bytes, there are {size:,}: fetch it again")
-    if size > 8 + length + end: raise ValueError(f"damaged: its header speaks of {8 + length + end:,} bytes, there are {size:,}: fetch it again")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("damaged: its header is no JSON of tensors; fetch it again") from None
+    if size < 8 + length + end:
+        raise ValueError(
+            f"half a file: its header speaks of {8 + length + end:,} bytes, there are {size:,}: fetch it again"
+        )
+    if size > 8 + length + end:
+        raise ValueError(
+            f"damaged: its header speaks of {8 + length + end:,} bytes, there are {size:,}: fetch it again"
+        )
     return header
 
 def check_weights(path) -> str:
-    "What kind of file of weights `path` is, as `weights_kind` says it, and that it is whole as far as its header and its end tell; else `ValueError`."
+    """What kind of file of weights `path` is, as `weights_kind` says it, and that it is whole as far as its header and
+    its end tell; else `ValueError`."""
     path = Path(path)
-    with open(path, "rb") as f: head = f.read(512)
+    with open(path, "rb") as f:
+        head = f.read(512)
     kind = weights_kind(head, path.stat().st_size)
-    if kind == "safetensors": _safetensors_header(path)
+    if kind == "safetensors":
+        _safetensors_header(path)
     if kind == "zip":
-        if not is_zipfile(path): raise ValueError(f"half a file: its end, where the list of its content stands, is missing after {path.stat().st_size:,} bytes: fetch it again")
-        with ZipFile(path) as archive: names = {n.partition("/")[2] for n in archive.namelist()}
-        if "data.pkl" not in names: raise ValueError(f"a zip archive that torch did not write: it holds {sorted(names)[:4]}")
-        if "constants.pkl" in names: raise ValueError("a TorchScript archive, a program: save its `state_dict()` with torch.save and give that")
+        if not is_zipfile(path):
+            raise ValueError(
+                f"half a file: its end, where the list of its content stands, is missing after "
+                f"{path.stat().st_size:,} bytes: fetch it again"
+            )
+        with ZipFile(path) as archive:
+            names = {n.partition("/")[2] for n in archive.namelist()}
+        if "data.pkl" not in names:
+            raise ValueError(f"a zip archive that torch did not write: it holds {sorted(names)[:4]}")
+        if "constants.pkl" in names:
+            raise ValueError("a TorchScript archive, a program: save its `state_dict()` with torch.save and give that")
     return kind
 
 # %% ../nbs/lib/08_models.ipynb #98188c30
@@ -98,43 +124,76 @@ KINDS = dict(any=None, vjepa2=_VIDEO, swin=_FRAMES)     # what a parameter may n
 
 def _shards(folder: Path, name: str) -> dict[str, set]:
     "The files of weights of a transformers folder and the tensors each must hold (none named where it stands alone)."
-    files, index = sorted(p.name for p in folder.iterdir()), folder/"model.safetensors.index.json"
-    if "model.safetensors" in files: return {"model.safetensors": set()}
+    files, index = sorted(p.name for p in folder.iterdir()), folder / "model.safetensors.index.json"
+    if "model.safetensors" in files:
+        return {"model.safetensors": set()}
     if not index.is_file():
         torch_only = any(f.startswith("pytorch_model") for f in files)
-        remedy = (f"its pytorch_model.bin is a pickle, which is not read; where it comes from a source you trust, write the folder anew with "
-                  f"`AutoModel.from_pretrained({name!r}).save_pretrained(...)`" if torch_only else "it must be a transformers folder, as `save_pretrained` writes it")
+        remedy = (
+            f"its pytorch_model.bin is a pickle, which is not read; where it comes from a source you trust, write "
+            "the folder anew with "
+            f"`AutoModel.from_pretrained({name!r}).save_pretrained(...)`"
+            if torch_only
+            else "it must be a transformers folder, as `save_pretrained` writes it"
+        )
         raise FileNotFoundError(f"backbone folder {name!r} lacks ['model.safetensors']: it holds {files[:8]}; {remedy}")
     try:
         shards = {}
-        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items(): shards.setdefault(file, set()).add(tensor)
-    except (ValueError, KeyError, AttributeError): raise ValueError(f"{index.name} of backbone {name!r} is no index of weights: fetch it again") from None
+        for tensor, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            shards.setdefault(file, set()).add(tensor)
+    except (ValueError, KeyError, AttributeError):
+        raise ValueError(f"{index.name} of backbone {name!r} is no index of weights: fetch it again") from None
     if missing := sorted(shards.keys() - set(files)):
-        raise FileNotFoundError(f"backbone folder {name!r} lacks {missing}, {len(missing)} of the {len(shards)} files its index names: fetch the folder again")
+        raise FileNotFoundError(
+            f"backbone folder {name!r} lacks {missing}, {len(missing)} of the {len(shards)} files its index "
+            "names: fetch the folder again"
+        )
     return shards
 
 def _check_folder(folder: Path, name: str) -> str:
-    "The transformers folder `folder` itself, or an error with what it lacks or holds instead, by config.json and the headers of its files alone."
-    config = folder/"config.json"
+    """The transformers folder `folder` itself, or an error with what it lacks or holds instead, by config.json and the
+    headers of its files alone."""
+    config = folder / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"backbone folder {name!r} lacks ['config.json']: it holds {sorted(p.name for p in folder.iterdir())[:8]}; it must be a transformers folder, as `save_pretrained` writes it")
+        raise FileNotFoundError(
+            f"backbone folder {name!r} lacks ['config.json']: it holds "
+            f"{sorted(p.name for p in folder.iterdir())[:8]}; it must be a transformers folder, as "
+            "`save_pretrained` writes it"
+        )
     try:
-        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict): raise ValueError
-    except ValueError: raise ValueError(f"config.json of backbone {name!r} is no JSON of settings (it begins with {config.read_bytes()[:24]!r}): fetch it again") from None
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"config.json of backbone {name!r} is no JSON of settings (it begins with "
+            f"{config.read_bytes()[:24]!r}): fetch it again"
+        ) from None
     for file, tensors in _shards(folder, name).items():
         try:
-            if (kind := check_weights(folder/file)) != "safetensors": raise ValueError(f"a file of torch.save ({kind}), no safetensors: write the folder with `save_pretrained`")
-            if lost := sorted(tensors - _safetensors_header(folder/file).keys()): raise ValueError(f"another file than the index means: it lacks {lost[:3]}; fetch the folder again")
-        except ValueError as e: raise ValueError(f"{file} of backbone {name!r} is {e}") from None
+            if (kind := check_weights(folder / file)) != "safetensors":
+                raise ValueError(
+                    f"a file of torch.save ({kind}), no safetensors: write the folder with `save_pretrained`"
+                )
+            if lost := sorted(tensors - _safetensors_header(folder / file).keys()):
+                raise ValueError(f"another file than the index means: it lacks {lost[:3]}; fetch the folder again")
+        except ValueError as e:
+            raise ValueError(f"{file} of backbone {name!r} is {e}") from None
     return str(folder)
 
 def _find(name: str) -> str:
-    "The place transformers is to load `name` from, looked at by `_check_folder`, or `FileNotFoundError` saying what to download and where to put it."
-    if name == "demo": return str(DEMO_BACKBONE)
-    if (folder := local(name)).is_dir(): return _check_folder(folder, name)
-    if folder.is_file(): raise ValueError(f"backbone {name!r} is a file: give the transformers folder that it lies in")
+    """The place transformers is to load `name` from, looked at by `_check_folder`, or `FileNotFoundError` saying what
+    to download and where to put it."""
+    if name == "demo":
+        return str(DEMO_BACKBONE)
+    if (folder := local(name)).is_dir():
+        return _check_folder(folder, name)
+    if folder.is_file():
+        raise ValueError(f"backbone {name!r} is a file: give the transformers folder that it lies in")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"no backbone folder {name!r}: choose 'demo', a local transformers folder, or a hub id like 'facebook/vjepa2-vitl-fpc16-256-ssv2'")
+        raise FileNotFoundError(
+            f"no backbone folder {name!r}: choose 'demo', a local transformers folder, or a hub id like "
+            "'facebook/vjepa2-vitl-fpc16-256-ssv2'"
+        )
     from huggingface_hub import snapshot_download
     try: place = snapshot_download(name, allow_patterns=["config.json", "*.safetensors*", "preprocessor_config.json", "README.md"], etag_timeout=5)
     except Exception as e:

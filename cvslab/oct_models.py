@@ -164,42 +164,72 @@ _OMEGACONF = ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerM
               "nodes.IntegerNode", "nodes.FloatNode", "nodes.BooleanNode")
 _NUMPY = [(getattr(np._core.multiarray, n), f"numpy.{core}.multiarray.{n}") for core in ("core", "_core") for n in ("_reconstruct", "scalar")]
 _DTYPES = [type(np.dtype(d)) for d in (*np.typecodes["AllInteger"], *np.typecodes["AllFloat"], "?", "U", "S")]
-_PATHS = [(pathlib.PurePosixPath, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "PurePosix", "Windows", "PureWindows")]
+_PATHS = [(pathlib.PurePosixPath, f"{module}.{kind}Path")
+          for module in ("pathlib", "pathlib._local") for kind in ("Posix", "PurePosix", "Windows", "PureWindows")]
 ALLOWED = [*((_Node, f"omegaconf.{n}") for n in _OMEGACONF), *((t, f"builtins.{t.__name__}") for t in (dict, list, tuple, int, float, str, bool)),
-           (Any, "typing.Any"), (defaultdict, "collections.defaultdict"), *_NUMPY, np.ndarray, np.dtype, *dict.fromkeys(_DTYPES), Namespace, SimpleNamespace, *_PATHS]
+           (Any, "typing.Any"), (defaultdict, "collections.defaultdict"), *_NUMPY, np.ndarray, np.dtype,
+           *dict.fromkeys(_DTYPES), Namespace, SimpleNamespace, *_PATHS]
 
 def _place(path) -> tuple[Store, str]:
-    "The store that a file lies in, and its key there; `FileNotFoundError` and `ValueError` where a local one is not there or no file."
+    """The store that a file lies in, and its key there; `FileNotFoundError` and `ValueError` where a local one is not
+    there or no file."""
     path = str(path)
-    if "://" in path: return Store(path.rpartition("/")[0]), path.rpartition("/")[2]
+    if "://" in path:
+        return Store(path.rpartition("/")[0]), path.rpartition("/")[2]
     file = local(path)
-    if file.is_dir(): raise ValueError(f"checkpoint {path} is a folder: give the file in it")
+    if file.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder: give the file in it")
     if not file.is_file():
         there = sorted(p.name for p in file.parent.glob("*.pt")) if file.parent.is_dir() else None
-        raise FileNotFoundError(f"there is no checkpoint {path}: " + (f"{rel(file.parent)} holds {there[:8]}" if there is not None else "nor the folder it should lie in"))
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}: "
+            + (f"{rel(file.parent)} holds {there[:8]}" if there is not None else "nor the folder it should lie in")
+        )
     return Store(file.parent), file.name
 
 def check_checkpoint(path):
-    "`ValueError` or `OSError` where a checkpoint (local, s3 or gs) is none, by its first bytes, and, of a local one, by its length; nothing is loaded."
+    """`ValueError` or `OSError` where a checkpoint (local, s3 or gs) is none, by its first bytes, and, of a local one,
+    by its length; nothing is loaded."""
     store, name = _place(path)
-    try: check_weights(store.get(name)) if store.local else weights_kind(*store.first(name))
-    except ValueError as e: raise ValueError(f"checkpoint {name} is {e}") from None
+    try:
+        check_weights(store.get(name)) if store.local else weights_kind(*store.first(name))
+    except ValueError as e:
+        raise ValueError(f"checkpoint {name} is {e}") from None
 
 def open_checkpoint(path) -> dict:
-    "The content of a `torch.save` or safetensors file (local, s3 or gs URL) on the CPU, its config as plain values; `ValueError` on anything outside `ALLOWED`."
+    """The content of a `torch.save` or safetensors file (local, s3 or gs URL) on the CPU, its config as plain values;
+    `ValueError` on anything outside `ALLOWED`."""
     store, name = _place(path)
     file = store.get(name)
-    try: kind = check_weights(file)
-    except ValueError as e: raise ValueError(f"checkpoint {name} is {e}") from None
     try:
-        with safe_globals(ALLOWED): content = load_file(file) if kind == "safetensors" else torch.load(file, map_location="cpu", weights_only=True, mmap=kind == "zip")
+        kind = check_weights(file)
+    except ValueError as e:
+        raise ValueError(f"checkpoint {name} is {e}") from None
+    try:
+        with safe_globals(ALLOWED):
+            content = (
+                load_file(file)
+                if kind == "safetensors"
+                else torch.load(file, map_location="cpu", weights_only=True, mmap=kind == "zip")
+            )
     except pickle.UnpicklingError as e:
         refused = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it holds {refused[1]}, which is not on the list of harmless names" if refused else "it holds more than weights and plain values"
-        raise ValueError(f"checkpoint {name} is refused: {why}; nothing was loaded. Save its tensors alone: torch.save(dict(model_state_dict=...), ...)") from None
-    except Exception as e:                                 # a damaged pickle fails in as many ways as it has bytes
-        raise ValueError(f"checkpoint {name} is damaged ({type(e).__name__} in its {kind} of {file.stat().st_size:,} bytes): fetch it again") from e
-    if not isinstance(content, dict): raise ValueError(f"checkpoint {name} holds a {type(content).__name__}, not a dictionary")
+        why = (
+            f"it holds {refused[1]}, which is not on the list of harmless names"
+            if refused
+            else "it holds more than weights and plain values"
+        )
+        raise ValueError(
+            f"checkpoint {name} is refused: {why}; nothing was loaded. Save its tensors alone: "
+            "torch.save(dict(model_state_dict=...), ...)"
+        ) from None
+    except Exception as e:  # a damaged pickle fails in as many ways as it has bytes
+        raise ValueError(
+            f"checkpoint {name} is damaged ({type(e).__name__} in its {kind} of {file.stat().st_size:,} bytes): "
+            "fetch it again"
+        ) from e
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {name} holds a {type(content).__name__}, not a dictionary")
     return content | ({"config": _plain(content["config"])} if "config" in content else {})
 
 # %% ../nbs/lib/08b_oct_models.ipynb #e4fb0c13
@@ -239,17 +269,25 @@ def _distance(a: dict, b: dict) -> float:
 def _number(content: dict, key: str, warnings: list):
     "The number `content[key]`, or None, with a warning where something else stands there."
     value = content.get(key)
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1: value = value.item()
-    if value is None or isinstance(value, (int, float)) and not isinstance(value, bool): return value
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        value = value.item()
+    if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
     warnings.append(f"its {key} is no number: {' '.join(str(_plain(value)).split())[:80]}")
 
 def _image_size(content: dict, warnings: list) -> tuple | None:
-    "The shape of the volumes a checkpoint was trained on by its config; None, with a warning where another form stands there."
+    """The shape of the volumes a checkpoint was trained on by its config; None, with a warning where another form
+    stands there."""
     config = content.get("config")
     said = config.get("image_size") if isinstance(config, dict) else None
-    if said is None: return None
-    if isinstance(said, list) and len(said) == 3 and all(isinstance(n, int) for n in said): return tuple(said)
-    warnings.append(f"its config's image_size {str(said)[:80]} is not three numbers (depth, rows, columns): not compared with the encoder's")
+    if said is None:
+        return None
+    if isinstance(said, list) and len(said) == 3 and all(isinstance(n, int) for n in said):
+        return tuple(said)
+    warnings.append(
+        f"its config's image_size {str(said)[:80]} is not three numbers (depth, rows, columns): not compared with "
+        "the encoder's"
+    )
 
 def checkpoint_card(content: dict, name: str = "") -> dict:
     "What a checkpoint says of itself: keys, epoch, loss, config; of each encoder tensors, parameters, fingerprint, share moved; `warnings`."

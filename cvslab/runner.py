@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from .core import MACHINE, ParameterError, byte_size, check_parameters, code_fingerprint, declared, digest, free_bytes, load, local, read_yaml, rel, root, save
+from .core import MACHINE, ParameterError, byte_size, check_parameters, code_fingerprint, declared, digest, free_bytes
+from .core import load, local, read_yaml, rel, root, save
 from .storage import Mirror, StorageError, Store, redact
 
 # %% ../nbs/lib/13_runner.ipynb #85aeb838
@@ -69,7 +70,8 @@ def _read(path: Path) -> dict:
     except yaml.YAMLError as e: raise ParameterError(f"it is no YAML: {' '.join(str(e).split())}") from None
     except UnicodeDecodeError as e: raise ParameterError(f"it is no UTF-8 text (byte {e.start}): save it as UTF-8") from None
     if not isinstance(values or {}, dict): raise ParameterError(f"it must hold `name: value` lines, not {type(values).__name__}")
-    if odd := [k for k in values or {} if not isinstance(k, str)]: raise ParameterError(f"the name {odd[0]!r} is no text to YAML: a parameter's name is a word")
+    if odd := [k for k in values or {} if not isinstance(k, str)]:
+        raise ParameterError(f"the name {odd[0]!r} is no text to YAML: a parameter's name is a word")
     return values or {}
 
 def _points(entry: dict) -> list[dict]:
@@ -114,9 +116,12 @@ class _Typed(str):
 
 def _as_declared(value, known: dict | None):
     "A typed value as papermill's own `-p` reads it, but text where the page declares text; any other value as it is."
-    if not isinstance(value, _Typed): return value
-    if known and re.search(r"\bstr\b", known["annotation"]): return str(value)
+    if not isinstance(value, _Typed):
+        return value
+    if known and re.search(r"\bstr\b", known["annotation"]):
+        return str(value)
     from papermill.cli import _resolve_type
+
     return _resolve_type(str(value))
 
 def resolve(notebook: str, given: dict) -> dict:
@@ -136,27 +141,36 @@ def _kind(name: str, given: dict, known: dict) -> str:
 
 def _missing(name: str, value: str, kind: str = "") -> str:
     "What is wrong with the place `value` that the parameter `name` points at, or nothing; `kind` as `_kind` gives it."
-    if value == "demo": return ""
+    if value == "demo":
+        return ""
     try:
-        if name == "data" and "://" in value: Store(value).check()
-        elif name == "data" and not local(value).is_dir(): return "there is no such folder: pass `-p data <folder>`, or `-p data demo`"
+        if name == "data" and "://" in value:
+            Store(value).check()
+        elif name == "data" and not local(value).is_dir():
+            return "there is no such folder: pass `-p data <folder>`, or `-p data demo`"
         elif name == "masks" and value not in ("ground_truth", "boxes") and not local(value).is_dir():
             return "there is no such folder: choose ground_truth, boxes or a folder of masks"
         elif name.startswith("checkpoint") and ("/" in value or Path(value).suffix):
             import_module("cvslab.oct_models").check_checkpoint(value)
-        elif name in ("backbone", "frames") and kind: import_module("cvslab.models").check_backbone(value, kind)
-    except (OSError, ValueError) as e: return redact(e)
+        elif name in ("backbone", "frames") and kind:
+            import_module("cvslab.models").check_backbone(value, kind)
+    except (OSError, ValueError) as e:
+        return redact(e)
     return ""
 
 def _missing_places(given: dict, known: dict, seen: dict) -> list[str]:
-    "What is wrong with the places that a run's parameters point at; `seen` keeps what was found, so that each is looked at once."
+    """What is wrong with the places that a run's parameters point at; `seen` keeps what was found, so that each is
+    looked at once."""
     problems = []
     for name in (p for p in PLACES if p in known and p in given):
         kind = _kind(name, given, known)
         for value in given[name] if isinstance(given[name], list) else [given[name]]:
-            if not isinstance(value, str) or known[name]["annotation"].startswith("list") and value is given[name]: continue
-            if (name, value, kind) not in seen: seen[name, value, kind] = _missing(name, value, kind)
-            if seen[name, value, kind]: problems.append(f"{name}={value!r}: {seen[name, value, kind]}")
+            if not isinstance(value, str) or known[name]["annotation"].startswith("list") and value is given[name]:
+                continue
+            if (name, value, kind) not in seen:
+                seen[name, value, kind] = _missing(name, value, kind)
+            if seen[name, value, kind]:
+                problems.append(f"{name}={value!r}: {seen[name, value, kind]}")
     return problems
 
 # %% ../nbs/lib/13_runner.ipynb #67ffa9e7
@@ -322,7 +336,7 @@ class Attempt:
         if done == self.rows[-1]["epochs_after"]: return False
         self.rows[-1]["epochs_after"] = done
         try: self._write()
-        except OSError: pass                               # a full disk: the run itself meets it and says so, and the row is kept for `end`
+        except OSError: pass         # a full disk: the run itself meets it and says so, and the row is kept for `end`
         return True
 
     def progress(self) -> str:
@@ -546,7 +560,8 @@ class _Loop:
         for attempt in self.running:
             attempt.kill(KILL)
             try: attempt.end(attempt.poll(), f"stopped by {name}")
-            except OSError as e: print(f"note: the log of {rel(attempt.job.dir)} was not closed: {redact(e)}", file=self.board.out)
+            except OSError as e:
+                print(f"note: the log of {rel(attempt.job.dir)} was not closed: {redact(e)}", file=self.board.out)
             self.board.set(attempt.job, "stopped", f"after epoch {attempt.rows[-1]['epochs_after']}")
         for job in self.queue: self.board.set(job, "stopped", "not begun")
         self.running, self.stop = [], asked

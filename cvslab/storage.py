@@ -100,29 +100,37 @@ def _etag(info: dict) -> str:
 # %% ../nbs/lib/02_storage.ipynb #6cd4da3d
 def _wrong_name(name: str) -> str:
     "Why no object is called `name`: control characters, or quotes around it that a shell or a table left there."
-    if re.search(r"[\x00-\x1f\x7f]", name): return "a name with a line break or another control character in it; look at the table or the shell that it comes from"
-    if len(name) > 1 and name[0] in "\"'" and name[-1] == name[0]: return "the name stands in quotes: take them off"
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        return "a name with a line break or another control character in it; look at the table or the shell that it comes from"
+    if len(name) > 1 and name[0] in "\"'" and name[-1] == name[0]:
+        return "the name stands in quotes: take them off"
     return ""
 
 def _local_place(url: str) -> str:
-    if re.match(r"(s3|gs):", url): raise ValueError(f"{url!r} is no URL of a bucket: write {url.partition(':')[0]}://bucket/prefix")
+    if re.match(r"(s3|gs):", url):
+        raise ValueError(f"{url!r} is no URL of a bucket: write {url.partition(':')[0]}://bucket/prefix")
     return url.rstrip("/") or url
 
 def _remote_place(url: str) -> str:
     "`url` without slashes at its end; `ValueError` where it holds a login, names no bucket, or a part of it is empty."
     if "@" in urlsplit(url).netloc:
-        raise ValueError("the URL carries a login: put keys into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)")
+        raise ValueError(
+            "the URL carries a login: put keys into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
     scheme, _, place = url.partition("://")
     bucket, *parts = place.rstrip("/").split("/")
     wrong = _wrong_name(place) or next(filter(None, map(_wrong_name, parts)), "")
-    if wrong: raise ValueError(f"{url!r}: {wrong}")
+    if wrong:
+        raise ValueError(f"{url!r}: {wrong}")
     if scheme in ("s3", "gs") and not re.fullmatch(r"[A-Za-z0-9._-]+|arn:.+", bucket):
         raise ValueError(f"{url!r} names no bucket ({bucket!r}): write {scheme}://bucket/prefix")
-    if "" in parts: raise ValueError(f"{url!r} has an empty part (two slashes): take one out")
+    if "" in parts:
+        raise ValueError(f"{url!r} has an empty part (two slashes): take one out")
     return url.rstrip("/")
 
 class Store:
-    "A local folder (as `local` reads it), `s3://bucket/prefix` or `gs://bucket/prefix`, read by key; raises `StorageError`."
+    """A local folder (as `local` reads it), `s3://bucket/prefix` or `gs://bucket/prefix`, read by key; raises
+    `StorageError`."""
     def __init__(self,
         url,                     # folder or URL, never with a login in it
         cache_gb: float = 50.0,  # bound of the local cache in 10^9 bytes, shared by all stores

@@ -177,7 +177,8 @@ def _autocast(acc, recipe):
 def _bare(model): return getattr(model, "module", model)    # inside DistributedDataParallel; accelerate's own way walks through every module
 
 def _backward(acc, model, batch, recipe, scaler):
-    "Forward and backward of a batch; returns its loss, the terms of it and the largest logit, as one vector on the device, and the outputs."
+    """Forward and backward of a batch; returns its loss, the terms of it and the largest logit, as one vector on the
+    device, and the outputs."""
     with recipe.context(_bare(model), batch):
         with _autocast(acc, recipe):
             outputs = model(batch["video"])
@@ -580,14 +581,20 @@ class _Live:
 
 # %% ../nbs/lib/10_training.ipynb #aa533695
 def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps):
-    """Train one epoch; returns the mean loss, how many batches had one and, for each value of `_backward`, how many came before the first in which it
+    """Train one epoch; returns the mean loss, how many batches had one and, for each value of `_backward`, how many
+    came before the first in which it
     was no number, and, gathered on the way, targets and logits."""
     model.train()
     n, ys, logits = len(recipe.losses) + 2, [], []
-    total, good, until = torch.zeros(2, device=acc.device), torch.ones(n, dtype=torch.bool, device=acc.device), torch.zeros(n, device=acc.device)
+    total, good, until = (
+        torch.zeros(2, device=acc.device),
+        torch.ones(n, dtype=torch.bool, device=acc.device),
+        torch.zeros(n, device=acc.device),
+    )
     for batch in loader:
         y = batch["y"]
-        if recipe.transform is not None: batch = recipe.transform(batch)
+        if recipe.transform is not None:
+            batch = recipe.transform(batch)
         with acc.accumulate(model):
             seen, outputs = _backward(acc, model, batch, recipe, scaler)
             if acc.sync_gradients:
@@ -598,13 +605,17 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
                 schedule.step()
                 optimizer.zero_grad()
                 recipe.after_step(_bare(model), schedule.last_epoch / total_steps)
-        fine = seen.isfinite()                             # nothing is read before the epoch ends: each look at the device makes it wait
-        total += torch.where(fine[0], torch.stack([seen[0], torch.ones_like(seen[0])]), 0.)
+        fine = seen.isfinite()  # nothing is read before the epoch ends: each look at the device makes it wait
+        total += torch.where(fine[0], torch.stack([seen[0], torch.ones_like(seen[0])]), 0.0)
         good &= fine
         until += good
         if recipe.train_scores == "running":
-            for store, x in zip((ys, logits), acc.gather((y, outputs["logits"].detach().float()))): store.append(x)
-    loss, fine = acc.reduce(total[0] / total[1].clamp_min(1), "mean"), acc.gather(torch.cat([total[1:], until])[None]).amin(0)
+            for store, x in zip((ys, logits), acc.gather((y, outputs["logits"].detach().float()))):
+                store.append(x)
+    loss, fine = (
+        acc.reduce(total[0] / total[1].clamp_min(1), "mean"),
+        acc.gather(torch.cat([total[1:], until])[None]).amin(0),
+    )
     loss, *fine = torch.cat([loss[None], fine]).tolist()
     return loss, [int(n) for n in fine], ys, logits
 
@@ -661,13 +672,16 @@ def _memory(device):
 
 # %% ../nbs/lib/10_training.ipynb #5520320b
 def _room(model, run: Run) -> tuple[int, int]:
-    "Bytes that the checkpoints of a run take at most, and bytes free for them on the disk of its folder; `OSError` where they do not fit."
+    """Bytes that the checkpoints of a run take at most, and bytes free for them on the disk of its folder; `OSError`
+    where they do not fit."""
     learns = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    need = 4 * 3*learns           # the last two epochs, the best and one that is being written, each with both moments of Adam
+    need = 4 * 3 * learns  # the last two epochs, the best and one that is being written, each with both moments of Adam
     free = free_bytes(run.dir) + sum(p.stat().st_size for p in _checkpoints(run))
     if need > free:
-        raise OSError(f"checkpoints need {byte_size(need)}, and {byte_size(free)} are free on the disk of {rel(run.dir)}: "
-                      "make room there, keep the folder `outputs` on another disk (a link will do), or train less of the model")
+        raise OSError(
+            f"checkpoints need {byte_size(need)}, and {byte_size(free)} are free on the disk of {rel(run.dir)}: "
+            "make room there, keep the folder `outputs` on another disk (a link will do), or train less of the model"
+        )
     return need, free
 
 def estimate(model: VideoClassifier, datasets: dict[str, Dataset], recipe: Recipe, run: Run, steps: int = 3) -> pd.DataFrame:
@@ -714,34 +728,52 @@ def _train_scores(acc, model, train, recipe, ys, logits, size):
 # %% ../nbs/lib/10_training.ipynb #a0f794ce
 def _not_finite(model) -> list[str]:
     "Groups of trainable parameters (and `buffers`) in which a value is not finite."
-    found = {group: list(params.values()) for group, params in trainable(model).items()} | dict(buffers=[b for b in model.buffers() if b.is_floating_point()])
-    found = {group: torch.stack([t.isfinite().all() for t in tensors]).all() for group, tensors in found.items() if tensors}
+    found = {group: list(params.values()) for group, params in trainable(model).items()} | dict(
+        buffers=[b for b in model.buffers() if b.is_floating_point()]
+    )
+    found = {
+        group: torch.stack([t.isfinite().all() for t in tensors]).all() for group, tensors in found.items() if tensors
+    }
     return [group for group, fine in zip(found, torch.stack(list(found.values())).tolist()) if not fine]
 
 def _advice(recipe, run, epoch: int) -> str:
-    "Which rate to lower, and to what: the highest of those that learn in `epoch`; and another precision where half precision may be the reason."
+    """Which rate to lower, and to what: the highest of those that learn in `epoch`; and another precision where half
+    precision may be the reason."""
     learning = {group: rate for group, rate in recipe.lr.items() if epoch > recipe.begins.get(group, 0)}
     group = max(learning, key=learning.get)
     rate, name = learning[group], next((n for n in (f"lr_{group}", "lr") if n in run.params), f"lr of {group}")
     half = " or pass -p precision bf16 or fp32," if recipe.precision.startswith("fp16") else ""
     kept = f"epoch {epoch - 1} is kept" if epoch > 1 else "no epoch was finished before it"
-    return f"Lower the highest rate, -p {name} {min(rate/10, 1e-3):g} instead of {rate:g},{half} as another run. Nothing of epoch {epoch} was written; {kept}"
+    return f"Lower the highest rate, -p {name} {min(rate / 10, 1e-3):g} instead of {rate:g},{half} as another run. Nothing of epoch {epoch} was written; {kept}"
 
 def _check_finite(acc, model, recipe, run, scaler, epoch: int, counts: list[int], batches: int):
-    """`FloatingPointError` where a loss, the logits or the weights became no number in an epoch: in which step, which term, what to lower.
+    """`FloatingPointError` where a loss, the logits or the weights became no number in an epoch: in which step, which
+    term, what to lower.
 
-    Steps that overflow in half precision and are left out by the gradient scaler are no divergence, unless none was left: a note tells them."""
-    lost, names, (fine, *until) = _not_finite(model), ["loss", *(f"loss term {name}" for name in recipe.losses), "logits"], counts
-    if min(until) == batches and not lost: return
+    Steps that overflow in half precision and are left out by the gradient scaler are no divergence, unless none was
+    left: a note tells them."""
+    lost, names, (fine, *until) = (
+        _not_finite(model),
+        ["loss", *(f"loss term {name}" for name in recipe.losses), "logits"],
+        counts,
+    )
+    if min(until) == batches and not lost:
+        return
     if scaler.is_enabled() and not lost and fine:
-        print(f"note: in epoch {epoch} numbers overflow in fp16, first in batch {min(until) + 1} of {batches}: the steps they belong to are left out")
+        print(
+            f"note: in epoch {epoch} numbers overflow in fp16, first in batch {min(until) + 1} of {batches}: the "
+            "steps they belong to are left out"
+        )
         return
     first = [name for name, u in zip(names, until) if u == min(until) and u < batches]
     what = first[1:] if len(first) > 1 and first[0] == "loss" else first or ["a gradient"]
     a_step = recipe.accumulation(acc.num_processes)
     where = f"at step {min(until) // a_step + 1} of {batches // a_step}" if first else "in its last steps"
     weights = f", the weights of {' and '.join(lost)} are not finite" if lost else ""
-    raise FloatingPointError(f"the run diverged in epoch {epoch}: {' and '.join(what)} {'are' if len(what) > 1 else 'is'} no finite number {where}{weights}. {_advice(recipe, run, epoch)}")
+    raise FloatingPointError(
+        f"the run diverged in epoch {epoch}: {' and '.join(what)} {'are' if len(what) > 1 else 'is'} no finite "
+        f"number {where}{weights}. {_advice(recipe, run, epoch)}"
+    )
 
 def _tracker(acc, recipe, run):
     "accelerate's tracker, begun with the run's parameters, or None."
@@ -765,8 +797,10 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     """Train `model`, continuing where an earlier call was cut; returns the history and leaves the weights of the reported epoch (the best, or the last) in `model`.
 
     Writes `history.csv` and one checkpoint an epoch. Train scores are taken on clean clips in evaluation mode, on at most as many as val has.
-    Raises `RuntimeError` where no preflight was passed, `ValueError` where val has no positive clip, `OSError` where the checkpoints do not fit on the
-    disk, and `FloatingPointError` in the epoch in which a loss, the logits or the weights become no number: nothing of it is written."""
+    Raises `RuntimeError` where no preflight was passed, `ValueError` where val has no positive clip, `OSError` where
+    the checkpoints do not fit on the
+    disk, and `FloatingPointError` in the epoch in which a loss, the logits or the weights become no number: nothing of
+    it is written."""
     if not (run.dir/"applied.json").exists(): raise RuntimeError("no applied.json in the run folder: call preflight(model, train, recipe, run) before fit")
     stuck = [p["knob"] for p in run.load("applied.json")["proofs"] if not p["turned"] and not p["slip"]]
     if stuck: raise RuntimeError(f"the preflight of {rel(run.dir)} failed ({', '.join(stuck)}): mend that and call it again before fit")
