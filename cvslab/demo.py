@@ -39,8 +39,9 @@ VIDEO_IDS = {"train": (1, 120), "val": (121, 161), "test": (162, 201)}          
 CLASSES = ("background", "cystic_plate", "calot_triangle", "cystic_artery", "cystic_duct", "gallbladder", "tool")
 FPS = 25                                                                           # raw frames a second; one of them is kept
 KEY_EVERY = 5                                                                      # seconds between key-frames
-_EARLY = 122                                                                       # this video begins at raw frame 25: names of 2 to 4 digits
-_FOLDERS = (*VIDEO_IDS, "val_seg", "test_seg", "insseg", "semseg", "all", *(f"{share}/train_{k}" for share in ("12_5", "25") for k in range(3)))
+_EARLY = 122                                           # this video begins at raw frame 25: names of 2 to 4 digits
+_FOLDS = [f"{share}/train_{k}" for share in ("12_5", "25") for k in range(3)]
+_FOLDERS = (*VIDEO_IDS, "val_seg", "test_seg", "insseg", "semseg", "all", *_FOLDS)
 
 _START = np.array([.42, .53, .42])                                                 # earliest crossing of C1..C3, in video lengths
 _AHEAD = {"train": 0, "val": 0, "test": .12}
@@ -59,11 +60,6 @@ def _votes(state, rng):
     return (state + _NOISE[:, None]*(.44**.5*offset + .56**.5*moment) > _THRESHOLDS[:, None]).astype(int)
 
 # %% ../nbs/lib/05_demo.ipynb #61eda00a
-def _labels(video):
-    "Majority labels of every frame as the real tree has them: copied from the last key-frame, zero before the first; bool (n, 3)."
-    copied = np.repeat(video.votes.sum(0) >= 2, KEY_EVERY, axis=0)[:video.n - video.first]
-    return np.concatenate([np.zeros((video.first, 3), bool), copied])
-
 def _tell(split, count, seconds, rng):
     "Videos of a split with their lengths, hidden states, votes and black frames, and how far their shares lie from the recorded ones."
     videos, unlucky = [], set(rng.permutation(count)[:max(1, round(count/3))].tolist())
@@ -73,8 +69,9 @@ def _tell(split, count, seconds, rng):
         gone = int(rng.integers(first, n - lost + 1))
         keys = np.arange(first, n, KEY_EVERY)
         seen = (keys < gone) | (keys >= gone + lost)
-        videos.append(SimpleNamespace(split=split, vid=VIDEO_IDS[split][0] + i, n=n, first=first, start=start, gone=gone, lost=lost,
-                                      votes=_votes(keys[:, None]/n - start, rng)*seen[None, :, None]))
+        votes = _votes(keys[:, None]/n - start, rng)*seen[None, :, None]
+        videos.append(SimpleNamespace(split=split, vid=VIDEO_IDS[split][0] + i, n=n, first=first, start=start, gone=gone,
+                                      lost=lost, votes=votes))
     met = np.concatenate([v.votes.sum(0) >= 2 for v in videos])
     copies = np.concatenate([np.minimum(KEY_EVERY, np.arange(v.n - v.first, 0, -KEY_EVERY)) for v in videos])
     frames, reached = sum(v.n for v in videos), met.sum(1)
@@ -86,7 +83,8 @@ def _story(split, count, seconds, masked, rng):
     _, videos = min((_tell(split, count, seconds, rng) for _ in range(200)), key=lambda told: told[0])
     for i, video in zip(rng.permutation(count), videos):
         second, video.masked = np.arange(video.n), bool(i < max(1, round(masked*count)))
-        video.state, video.black = second[:, None]/video.n - video.start, (second >= video.gone) & (second < video.gone + video.lost)
+        video.state = second[:, None]/video.n - video.start
+        video.black = (second >= video.gone) & (second < video.gone + video.lost)
     return videos
 
 # %% ../nbs/lib/05_demo.ipynb #e2c90a76
@@ -111,7 +109,7 @@ def _curve(a, b, c, n=16):
     return (1 - t)**2*a + 2*t*(1 - t)*b + t**2*c
 
 def _ribbon(path, width):
-    "The outline (..., 2n, 2) of a band along `path` (..., n, 2) that is `width` wide: one number, or (..., n), one at each point."
+    "The outline (..., 2n, 2) of a band along `path` (..., n, 2); `width` is one number, or (..., n), one at each point."
     along = np.empty_like(path)
     along[..., 1:-1, :] = path[..., 2:, :] - path[..., :-2, :]
     along[..., 0, :], along[..., -1, :] = path[..., 1, :] - path[..., 0, :], path[..., -1, :] - path[..., -2, :]
@@ -135,7 +133,7 @@ def _body(points, colour, shine=.45, steps=4):
     return middle + (points - middle)*(1 - .95*share) + _LIGHT*reach*share*.8, tones
 
 def _tube(path, width, colour, shine=.6):
-    "Tubes along `path` (..., n, 2) as a stack: each dark, then narrower in its colour, then its shine, both shifted towards the light."
+    "Tubes along `path` (..., n, 2) as a stack: each dark, then narrower in its colour, then its shine, to the light."
     shift = np.array([0, .3, 1])*np.mean(width)
     outlines = _ribbon(path[..., None, :, :], np.array([[1], [.74], [.24]])*width) + shift[:, None, None]*_LIGHT
     outlines = outlines.reshape(-1, *outlines.shape[-2:])
@@ -147,7 +145,8 @@ def _tool(tip, origin, width, gape):
     axis = (origin - tip)/np.hypot(*(origin - tip))
     joint, across = tip + .16*axis, gape*np.array([-axis[1], axis[0]])
     jaws = np.array([[joint, (joint + tip)/2 + .09*side, tip + .05*side] for side in (across, -across)])
-    return [_tube(np.array([joint, origin]), width, (72, 76, 84), .55), _tube(jaws, width*np.array([.62, .42, .2]), (150, 154, 160), .85)]
+    return [_tube(np.array([joint, origin]), width, (72, 76, 84), .55),
+            _tube(jaws, width*np.array([.62, .42, .2]), (150, 154, 160), .85)]
 
 # %% ../nbs/lib/05_demo.ipynb #2939e0de
 _LIVER = _points((-.6, -.7), (1.45, -.7), (1.3, .12), (1.02, .36), (.74, .45), (.45, .52), (.2, .66), (-.6, .85))
@@ -178,10 +177,12 @@ def _look(rng, size):
     v.gallbladder, liver, lobe, omentum = (_smooth(shift(p)) for p in (_GALLBLADDER, _LIVER, _LOBE, _OMENTUM))
     v.duct = _curve(*shift(_points((.9, .56), (.62, .71), (.2, .83)), .015))
     v.artery = _curve(*shift(_points((.98, .4), (.66, .45), (.2, .55)), .015))
-    v.fat = lumps(v.duct[:13].repeat(2, 0) + rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0), .05, .085, "fat")
+    between = rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0)
+    v.fat = lumps(v.duct[:13].repeat(2, 0) + between, .05, .085, "fat")
     v.sheath = lumps(shift(np.concatenate([v.duct[1:14:2], v.artery[1:14:2]]), .012), .07, .095, "sheath", .4, .62)
     v.fat_until, v.sheath_until = (rng.permutation(np.linspace(.1, .9, len(centres))) for centres, _, _ in (v.fat, v.sheath))
-    v.behind = [(0, [_flat(_points((-3, -3), (5, -3), (5, 4), (-3, 4)), v.colour["belly"]), _body(liver, v.colour["liver"], .1)]),
+    belly = _flat(_points((-3, -3), (5, -3), (5, 4), (-3, 4)), v.colour["belly"])
+    v.behind = [(0, [belly, _body(liver, v.colour["liver"], .1)]),
                 (None, [_flat(lobe + .02, _mix(v.colour["liver"], _DARK, .5))]),
                 (0, [_body(lobe, v.colour["lobe"], .16), _body(omentum, v.colour["fat"], .15)])]
     v.triangle = np.concatenate([v.duct, v.artery[::-1]])
@@ -236,8 +237,8 @@ def _covers(v, c1, c2):
         yield placed.reshape(-1, 16, 2), [colour for i in there for colour in tones[i]]
 
 def _scene(v, shown, t, rng):
-    """The objects of one frame from back to front, `[(class, [stack, ...]), ...]`. A stack is polygons of the same length, from back to
-    front: their corners (k, n, 2) in the world, and their k colours."""
+    """The objects of one frame from back to front, `[(class, [stack, ...]), ...]`. A stack is polygons of the same
+    length, from back to front: their corners (k, n, 2) in the world, and their k colours."""
     (c1, c2, c3), colour, phase = shown, v.colour, v.phase
     lift = c3*np.array([.09, .015])
     bed = _curve(v.artery[0] + (-.02, .03), np.array([1, .22]), np.array([1.42, -.1]))
@@ -282,7 +283,7 @@ def _picture(v, objects, camera, t, rng, size):
     _paint(canvas, [*(stack for _, stacks in objects for stack in stacks), glints], 2*turn, 2*move)
     x, y = int(w*(.25 + .12*sin(t/17 + v.phase[1]))), int(h*(.25 + .12*sin(t/14 + v.phase[2])))
     drift = int(w*(.5 + .5*sin(t/9 + v.phase[8])))
-    smoke = v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, 3*drift:3*(drift + w)]    # channels beside each other: no short loops
+    smoke = v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, 3*drift:3*(drift + w)]    # (h, 3w): no short loops
     smoke.clip(0, .6, out=smoke)
     pixels = np.asarray(canvas.reduce(2), np.float32).reshape(h, 3*w)
     smoke *= 190 - pixels
@@ -313,7 +314,7 @@ def _rle(mask) -> dict:
     return dict(size=list(mask.shape), counts=text)
 
 def _annotate(seen, classes, masked) -> list[dict]:
-    "A COCO annotation for each instance in `seen` that fills at least 1/2000 of the picture; its area is what is seen of it, with or without a mask."
+    "A COCO annotation for each instance in `seen` that fills 1/2000 of the picture; its area is what is seen of it."
     found, areas = [], np.bincount(seen.ravel(), minlength=len(classes))
     for i in np.flatnonzero((classes > 0) & (areas >= seen.size/2000)):
         mask = seen == i
@@ -360,7 +361,7 @@ def _write_masks(tree, name, seen, annotations):
 def _write_classes(path, classes): Image.fromarray(classes[..., None].repeat(3, -1)).save(path)
 
 def _spoil_masks(tree, rows, seed):
-    "Class ids as they are: one mask of val with a spot of a class that there is not, and a quarter of the others with a spot left open (255)."
+    "A spot of a class that there is not in one mask of val, and one left open (255) in a quarter of the others."
     rng, masked = np.random.default_rng(seed), [r for r in rows if r["masked"] and r["annotations"]]
     stray = next((r for r in masked if r["split"] == "val"), None)
     spots = [(r, 255) for r in [r for r in masked if r is not stray][::4]]
@@ -377,8 +378,8 @@ def _spoil_masks(tree, rows, seed):
 
 # %% ../nbs/lib/05_demo.ipynb #a7c1e0b5
 def _link(place: Path, target: str, folder=False):
-    """Make `place` a link to `target`, a file or a folder seen from where it lies. Where the system makes no symbolic links it becomes a
-    second name of the file, else a copy; for a folder, a folder of those."""
+    """Make `place` a link to `target`, a file or a folder seen from where it lies. Where the system makes no symbolic
+    links it becomes a second name of the file, else a copy; for a folder, a folder of those."""
     try:
         os.symlink(target, place, target_is_directory=folder)
         return
@@ -418,21 +419,22 @@ def _coco(rows, size, counted=False) -> dict:
                 videos=[dict(id=vid, name=str(vid)) for vid in sorted({r["vid"] for r in rows})])
 
 def _write_coco(folder, rows, size, kinds=_JSONS, name=None):
-    "The COCO files of a folder: the frames with boxes, the key-frames, every frame that is listed; `name` stands for the usual names."
+    "The COCO files of a folder: frames with boxes, key-frames, every listed frame; or one `kind` under another `name`."
     for kind in kinds:
         kept = [r for r in rows if r[kind]]
         (folder/f"{name or _JSONS[kind]}.json").write_text(json.dumps(_coco(kept, size, kind == "listed")))
 
 def _unlisted(videos) -> set[tuple]:
-    """Frames that the COCO files forget, as `(video, second)`, all of them without a criterion: before its first key-frame in the test
-    video that begins longest before it, and in another one, behind every other key-frame on which no rater saw anything, the four frames up
-    to the next one, three times at most."""
+    """Frames that the COCO files forget, as `(video, second)`, all without a criterion. In the test video that begins
+    longest before its first key-frame, those before it; in another one, three times at most, the four frames behind every other
+    key-frame on which no rater saw anything."""
     test = sorted((v for v in videos if v.split == "test"), key=lambda v: v.first)
     gaps = {(test[-1].vid, second) for second in range(test[-1].first)}
     empty = [(~v.votes.any((0, 2))[:-1]).nonzero()[0] for v in test[:-1]]
     if empty:
         keys, video = max(zip(empty, test), key=lambda found: len(found[0]))
-        gaps |= {(video.vid, video.first + KEY_EVERY*key + i) for key in keys[::2][:3].tolist() for i in range(1, KEY_EVERY)}
+        starts = (video.first + KEY_EVERY*keys[::2][:3]).tolist()
+        gaps |= {(video.vid, start + i) for start in starts for i in range(1, KEY_EVERY)}
     return gaps
 
 def _metadata(rows) -> pd.DataFrame:

@@ -1,5 +1,5 @@
-"""The drawn tree, row by row, against what independent readers of the real archive attest, read with json, numpy and Pillow alone; and both
-attested forms of each list, read by cvslab."""
+"""The drawn tree, row by row, against what independent readers of the real archive attest, read with json, numpy and
+Pillow alone; and both attested forms of each list, read by cvslab."""
 import ast
 import csv
 import json
@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 60, 34
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    "Small frames, and videos as long as in the demo: what is irregular lies in their frames and files, not in their pixels."
+    "Small frames, and videos as long as in the demo: what is irregular lies in names and files, not in pixels."
     folder = tmp_path_factory.mktemp("archive")/"endoscapes"
     return draw_endoscapes(folder, seed=2, videos=(9, 3, 3), seconds=(50, 60), size=(WIDTH, HEIGHT), workers=1)
 
@@ -34,7 +34,9 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def table(tree):
     with open(tree/"all_metadata.csv", newline="") as file:
-        return [row | dict(vid=int(row["vid"]), frame=int(row["frame"]), key=row["is_ds_keyframe"] == "True") for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    key = "is_ds_keyframe"
+    return [row | dict(vid=int(row["vid"]), frame=int(row["frame"]), key=row[key] == "True") for row in rows]
 
 
 def coco(tree, name):
@@ -60,7 +62,8 @@ def classes(path, size=(HEIGHT, WIDTH)):
 
 
 def decoded(rle):
-    "COCO's run lengths, from its definition: five bits a character, low ones first, a sixth that says whether more follow, from the fourth run on differences."
+    """COCO's run lengths, from its definition: five bits a character, low ones first, and a sixth that says whether more
+    follow; from the fourth run on, the difference to the one two before."""
     runs, value, shift = [], 0, 0
     for code in rle["counts"].encode():
         value |= ((code - 48) & 31) << shift
@@ -112,18 +115,22 @@ def test_key_frames_are_125_apart_and_means_are_exact_thirds(table):
 
 def test_all_holds_links_to_the_listed_frames_and_the_union_of_the_video_files(tree):
     parts = [coco(tree, f"{split}/annotation_coco_vid.json") for split in SPLITS]
-    union, plain = coco(tree, "all/annotation_coco.json"), lambda shapes: [{k: v for k, v in a.items() if k != "id"} for a in shapes]
+    union = coco(tree, "all/annotation_coco.json")
+    def plain(shapes):
+        return [{k: v for k, v in a.items() if k != "id"} for a in shapes]
     assert union["images"] == [image for part in parts for image in part["images"]]
     assert plain(union["annotations"]) == [a for part in parts for a in plain(part["annotations"])]
     assert len({a["id"] for a in union["annotations"]}) == len(union["annotations"])
-    assert {path.name for path in (tree/"all").iterdir()} == {image["file_name"] for image in union["images"]} | {"annotation_coco.json"}
+    names = {image["file_name"] for image in union["images"]}
+    assert {path.name for path in (tree/"all").iterdir()} == names | {"annotation_coco.json"}
 
 
 @pytest.mark.parametrize("fold", FOLDS)
 def test_folds_of_the_label_budgets_hold_every_frame_of_their_videos_as_links(tree, fold):
     ids = {video for video, _ in frames(tree/fold)}
     assert ids <= videos(tree, "train") and {path.name for path in (tree/fold).glob("*.json")} == JSONS
-    assert frames(tree/fold) == {frame for frame in frames(tree/"train") if frame[0] in ids} == listed(tree, f"{fold}/annotation_coco_vid.json")
+    assert frames(tree/fold) == {frame for frame in frames(tree/"train") if frame[0] in ids}
+    assert frames(tree/fold) == listed(tree, f"{fold}/annotation_coco_vid.json")
 
 
 def test_the_segmentation_subset_of_train_is_the_last_fold_of_a_quarter(tree):
@@ -137,14 +144,16 @@ def test_segmentation_subsets_hold_all_frames_of_their_videos(tree, split):
     assert ids and frames(folder) == {frame for frame in frames(tree/split) if frame[0] in ids}
     assert {path.name for path in folder.glob("*.json")} == (JSONS if split == "train" else {"annotation_coco.json"})
     masked = {tuple(map(int, path.stem.split("_"))) for path in (tree/"semseg").glob("*.png")}
-    assert listed(tree, f"{split}_seg/annotation_coco.json") == {frame for frame in masked if frame[0] in ids} < frames(folder)
+    masked = {frame for frame in masked if frame[0] in ids}
+    assert listed(tree, f"{split}_seg/annotation_coco.json") == masked < frames(folder)
 
 
 @pytest.mark.parametrize("folder", ["all", "train_seg", "val_seg", "test_seg", *FOLDS])
 def test_links_lead_to_the_frame_of_the_same_name_in_its_split(tree, folder):
     for path in (tree/folder).glob("*.jpg"):
         assert path.is_symlink() and not os.path.isabs(os.readlink(path))
-        assert path.resolve().parent.parent == tree and path.resolve().parent.name in SPLITS and path.resolve().name == path.name
+        there = path.resolve()
+        assert there.parent.parent == tree and there.parent.name in SPLITS and there.name == path.name
     assert all(not path.is_symlink() for split in SPLITS for path in (tree/split).iterdir())
 
 
@@ -152,16 +161,17 @@ def test_links_lead_to_the_frame_of_the_same_name_in_its_split(tree, folder):
 
 @pytest.mark.parametrize("folder", [*SPLITS, *FOLDS])
 def test_frames_are_counted_from_0_in_the_video_files_alone(tree, folder):
+    record = {"file_name", "height", "width", "id", "is_det_keyframe", "ds", "video_id", "is_ds_keyframe"}
     for name in ("annotation_coco.json", "annotation_ds_coco.json"):
-        assert all(set(image) == {"file_name", "height", "width", "id", "is_det_keyframe", "ds", "video_id", "is_ds_keyframe"}
-                   for image in coco(tree, f"{folder}/{name}")["images"])
+        assert all(set(image) == record for image in coco(tree, f"{folder}/{name}")["images"])
     counted = {}
     for image in coco(tree, f"{folder}/annotation_coco_vid.json")["images"]:
         counted.setdefault(image["video_id"], []).append(image["frame_id"])
     assert counted and all(numbers == list(range(len(numbers))) for numbers in counted.values())
 
 
-@pytest.mark.parametrize("name", [f"{split}/{name}" for split in SPLITS for name in sorted(JSONS)] + [f"{split}_seg/annotation_coco.json" for split in SPLITS])
+@pytest.mark.parametrize("name", [f"{split}/{name}" for split in SPLITS for name in sorted(JSONS)]
+                         + [f"{split}_seg/annotation_coco.json" for split in SPLITS])
 def test_boxes_are_floats_and_areas_smaller_than_boxes(tree, name):
     shapes = coco(tree, name)["annotations"]
     assert shapes and all(isinstance(number, float) for a in shapes for number in a["bbox"])
@@ -209,7 +219,8 @@ def test_frames_that_the_video_file_of_test_does_not_list(tree, table):
     before = [gap for gap in gaps if gap[1] < first_key[gap[0]]]
     between = [gap for gap in gaps if gap[1] > first_key[gap[0]]]
     [early], [late] = {vid for vid, _ in before}, {vid for vid, _ in between}
-    assert early != late and before == [frame for frame in sorted(rows) if frame[0] == early and frame[1] < first_key[early]]
+    assert early != late
+    assert before == [frame for frame in sorted(rows) if frame[0] == early and frame[1] < first_key[early]]
     blocks = [between[i:i + 4] for i in range(0, len(between), 4)]
     assert len(between) % 4 == 0 and len(blocks) > 1
     for block in blocks:
@@ -228,7 +239,8 @@ def test_train_and_val_are_listed_completely(tree):
 def test_names_of_video_122_sorted_as_text_break_its_five_second_sequences(tree, table):
     names = sorted(path.stem for path in (tree/"val").glob("122_*.jpg"))
     keys = {f"{row['vid']}_{row['frame']}" for row in table if row["key"]}
-    sequences = [[int(name.split("_")[1]) for name in names[i - 4:i + 1]] for i, name in enumerate(names) if i >= 4 and name in keys]
+    windows = [names[i - 4:i + 1] for i in range(4, len(names)) if names[i] in keys]
+    sequences = [[int(name.split("_")[1]) for name in window] for window in windows]
     broken = [sequence for sequence in sequences if np.diff(sequence).tolist() != [25]*4]
     assert len(sequences) > 5 and len(broken) > len(sequences)/4
     numbers = sorted(frame for video, frame in frames(tree/"val") if video == 122)
@@ -288,25 +300,29 @@ def copy(tree, tmp_path, monkeypatch):
 def test_the_reader_sees_the_same_in_either_form(tree, copy, table, form):
     form(copy)
     found = endoscapes.read_frames(copy)
-    assert list(zip(found["video"], found["frame"], found["key"])) == [(r["vid"], r["frame"], r["key"]) for r in sorted(table, key=lambda r: (r["vid"], r["frame"]))]
+    rows = sorted((row["vid"], row["frame"], row["key"]) for row in table)
+    assert list(zip(found["video"], found["frame"], found["key"])) == rows
     assert Counter(found["split"]) == {split: len(frames(tree/split)) for split in SPLITS}
-    assert {f"{v}_{f}" for v, f, m in zip(found["video"], found["frame"], found["mask"]) if m} == {path.stem for path in (tree/"semseg").glob("*.png")}
+    masked = found[found["mask"] != ""]
+    assert {f"{r.video}_{r.frame}" for r in masked.itertuples()} == {path.stem for path in (tree/"semseg").glob("*.png")}
     for split in SPLITS:
         for which, name in {"boxes": "annotation_coco", "key": "annotation_ds_coco", "1fps": "annotation_coco_vid"}.items():
-            assert set(zip(*endoscapes.read_coco(copy, split, which)[["video", "frame"]].to_numpy().T)) == listed(tree, f"{split}/{name}.json")
-        shapes = coco(tree, f"{split}/annotation_coco.json")["annotations"]
-        assert sorted(endoscapes.read_objects(copy, split)[["x", "y", "w", "h"]].to_numpy().tolist()) == sorted(a["bbox"] for a in shapes)
-    for mask in found.loc[found["mask"] != "", "mask"]:
+            images = endoscapes.read_coco(copy, split, which)
+            assert set(zip(images["video"], images["frame"])) == listed(tree, f"{split}/{name}.json")
+        boxes = endoscapes.read_objects(copy, split)[["x", "y", "w", "h"]].to_numpy().tolist()
+        assert sorted(boxes) == sorted(a["bbox"] for a in coco(tree, f"{split}/annotation_coco.json")["annotations"])
+    for mask in masked["mask"]:
         there = classes(tree/mask)
         np.testing.assert_array_equal(endoscapes.read_mask(copy, mask), np.where(there == 7, 255, there))
 
 
 def test_what_is_irregular_is_listed(tree, copy):
     as_unpacked_under_windows(copy)
-    drawn, unpacked = (endoscapes.irregularities(t).set_index("what")["count"].groupby(level=0).sum() for t in (tree, copy))
+    drawn, unpacked = (endoscapes.irregularities(t).groupby("what")["count"].sum() for t in (tree, copy))
     gaps = len(frames(tree/"test") - listed(tree, "test/annotation_coco_vid.json"))
     assert drawn.to_dict() == {"frames missing in a COCO file": gaps, "masks with unknown classes": 1}
-    assert unpacked["link unpacked as a file"] >= 1 and unpacked["pictures unpacked as links"] >= len(frames(tree/"all"))
+    assert unpacked["link unpacked as a file"] >= 1
+    assert unpacked["pictures unpacked as links"] >= len(frames(tree/"all"))
 
 
 # the pages -------------------------------------------------------------------------------------------------------------------
@@ -318,7 +334,8 @@ def masked_tree(tmp_path_factory):
     return draw_endoscapes(folder, videos=(4, 2, 1), seconds=(20, 22), size=(107, 60), mask_every=5, masked=1., workers=1)
 
 
-@pytest.mark.parametrize("page", ["08_multitask", "09_staged", "11_attention_supervision", "12_regularized", "14_hybrid", "15_window_attention"])
+@pytest.mark.parametrize("page", ["08_multitask", "09_staged", "11_attention_supervision", "12_regularized", "14_hybrid",
+                                  "15_window_attention"])
 def test_pages_begin_on_a_tree_with_a_stray_class_and_say_so(scratch, masked_tree, page, monkeypatch, capsys):
     monkeypatch.setattr(endoscapes, "_said", set())
     [stray] = [path.stem for path in (masked_tree/"semseg").glob("*.png") if 7 in classes(path, (60, 107))]
