@@ -939,6 +939,7 @@ def _pooler_proof(pooler, asked, classes):
 
 def official_proof(model: VideoClassifier) -> Proof:
     "Proof that the pooler starts as Meta's probe does: eps of its LayerNorms, deviation of the projections into the residual stream, and one linear layer after it. Before training."
+    if not hasattr(model.pooler, "self_attention_layers"): return Proof("official probe", "four blocks and one linear layer", f"a {type(model.pooler).__name__}", False)
     eps = sorted({m.eps for m in model.pooler.modules() if isinstance(m, nn.LayerNorm)})
     asked = [0.02/math.sqrt(2*i) for _, i in _residual_projections(model.pooler)]
     seen = [layer.weight.std().item() for layer, _ in _residual_projections(model.pooler)]

@@ -44,9 +44,10 @@ def unscaled(model): [layer.weight.data.mul_(math.sqrt(2*i)) for layer, i in mod
 def by_one(model): [layer.weight.data.mul_(math.sqrt(2)) for layer, i in models._residual_projections(model.pooler)]
 def eps(model): [setattr(m, "eps", 1e-6) for m in model.pooler.modules() if isinstance(m, nn.LayerNorm)]
 def deeper(model): model.head = models.mlp_head(96)
+def mean(model): model.pooler = models.MeanPooler()
 def last_block(model): model.pooler.cross_attention_layer.mlp.fc2.weight.data.mul_(math.sqrt(6/8))
 
-@pytest.mark.parametrize("broken", [unscaled, by_one, eps, deeper, last_block])
+@pytest.mark.parametrize("broken", [unscaled, by_one, eps, deeper, last_block, mean])
 def test_another_beginning_is_seen(broken):
     seed_all(0)
     model = build_model("demo", pooler="official")
