@@ -30,7 +30,7 @@ from pydicom.uid import RLELossless, UID
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .core import MISSING, Ledger, atomic, cache_dir, digest, numbers, read_table, words
+from .core import MISSING, Ledger, atomic, cache_dir, contents, digest, numbers, read_table, words
 from .storage import Store, StorageError
 
 # %% ../nbs/lib/04_volumes.ipynb #4413733b
@@ -261,7 +261,9 @@ def read_cohort(store: Store, choice: Choice = Choice(), max_lost: float = 0.05)
     except StorageError as e:
         if e.kind != "missing": raise
         demo = False
-    identity = [table[["participant", "split", "label", "key"]].values.tolist(), [int(s) for s in table["size"]]]
+    if store.local:
+        table["etag"] = list(contents(store.url, table["key"]).values())      # what each file holds, wherever it lies
+    identity = table[["participant", "split", "label", "key", "etag"]].values.tolist()
     release = next((r for r, known in RELEASES.items() if known == (len(people), len(expected))), "none of the published")
     card = dict(demo=demo, fingerprint=digest(identity, 12), place=place["place"], schema=version, release=release, choice=asdict(choice),
                 expected=len(expected), found=len(table), gigabytes=round(float(table["size"].sum()) / 1e9, 3),

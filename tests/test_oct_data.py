@@ -332,6 +332,21 @@ def test_the_recorded_quantile_gives_up_on_large_volumes():
     assert RECORDED_PREPROCESS.name != Preprocess().name
 
 
+def test_the_fingerprint_is_of_what_the_volumes_hold(tree, tmp_path):
+    before = read_cohort(Store(tree))
+    copy = Path(shutil.copytree(tree, tmp_path / "elsewhere"))
+    there = read_cohort(Store(copy))
+    assert there.card["fingerprint"] == before.card["fingerprint"]
+    assert there.table["etag"].tolist() == before.table["etag"].tolist()
+    path = copy / there.table["key"].iloc[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)                                  # the same size, one bit of one voxel
+    after = read_cohort(Store(copy))
+    assert after.card["fingerprint"] != before.card["fingerprint"]
+    assert (after.table["etag"] != before.table["etag"]).tolist() == [True] + [False] * (len(after.table) - 1)
+
+
 def test_tensors_come_from_the_cache_the_second_time_and_from_anew_when_the_file_changes(tree):
     store, prep = Store(tree), PREP
     table = read_cohort(store).table.head(6)
