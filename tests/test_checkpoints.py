@@ -145,6 +145,7 @@ def test_pixels_are_told_by_the_name_or_those_of_the_release(tmp_path, name, new
 @pytest.mark.parametrize("hidden", range(40, 200, 7))
 def test_widths_of_the_mlp_come_back_as_they_were(hidden):
     for width in (24, 48, 1408, 1664): assert int(width * checkpoints._ratio(width, hidden)) == hidden
+    for width, wide in ((28, 61), (44, 49), (1696, 8191)): assert int(width * (wide/width)) == wide - 1 and int(width * checkpoints._ratio(width, wide)) == wide
     assert all(int(s["hidden_size"] * s.get("mlp_ratio", 4)) == {1408: 6144, 1664: 8192}.get(s["hidden_size"], 4*s["hidden_size"]) for s in vjepa.SIZES.values())
 
 # what is no checkpoint, or no harmless one

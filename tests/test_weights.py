@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, Dinov2Model, Swinv2Config, Swinv2Model, VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, Swinv2Config, Swinv2Model, VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
 
 from cvslab import models, runner
 from cvslab.demo import DEMO_BACKBONE, draw_oct
@@ -97,7 +97,7 @@ def change(folder, **values):
 
 @pytest.mark.parametrize("values, words", [
     (dict(architectures=None), "names no `architectures`.*VJEPA2Model"), (dict(architectures=[]), "names no `architectures`"),
-    (dict(architectures=["BertModel"]), "holds a BertModel: choose one of .*VJEPA2Model"), (dict(hidden_size="wide"), "config.json of backbone .* is not that of a VJEPA2Model")])
+    (dict(architectures=["BertModel"]), "holds a BertModel, which reads input_ids and no pixels"), (dict(hidden_size="wide"), "config.json of backbone .* is not that of a VJEPA2Model")])
 def test_a_config_of_something_else_is_named(folder, values, words):
     change(folder, **values)
     named_everywhere(folder, words, ValueError)
@@ -107,25 +107,38 @@ OTHERS = {
     "videomae": lambda: VideoMAEModel(VideoMAEConfig(**SMALL, intermediate_size=64, image_size=32)),
     "images": lambda: Dinov2Model(Dinov2Config(**SMALL, image_size=28, patch_size=14)),
     "swin": lambda: Swinv2Model(Swinv2Config(image_size=64, patch_size=4, embed_dim=24, depths=[1, 1], num_heads=[1, 2], window_size=4)),
+    "text": lambda: BertModel(BertConfig(**SMALL, intermediate_size=64, vocab_size=64)),
     "vjepa2": lambda: VJEPA2Model(VJEPA2Config(**SMALL, crop_size=64, pred_hidden_size=24, pred_num_hidden_layers=1, pred_num_attention_heads=1)),
 }
+
+TAKEN = dict(any={*OTHERS} - {"text"}, vjepa2={"vjepa2"}, swin={"swin"})
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_model_of_another_class_is_named_and_one_of_its_own_is_taken(tmp_path, kind):
     OTHERS[kind]().save_pretrained(tmp_path/kind)
-    for asked in OTHERS:
-        if asked == kind: assert models.check_backbone(str(tmp_path/kind), asked).architectures
+    for asked, taken in TAKEN.items():
+        if kind in taken:
+            assert models.check_backbone(str(tmp_path/kind), asked).architectures
         else:
-            with pytest.raises(ValueError, match=r"holds a \w+: choose one of"): models.check_backbone(str(tmp_path/kind), asked)
-    if kind != "vjepa2": named_everywhere(tmp_path/kind, r"holds a \w+: choose one of", ValueError)
+            with pytest.raises(ValueError, match=r"holds a \w+(: choose one of|, which reads input_ids and no pixels)"):
+                models.check_backbone(str(tmp_path/kind), asked)
+    if kind == "text":
+        named_everywhere(tmp_path/kind, "holds a BertModel, which reads input_ids and no pixels", ValueError)
 
 def test_the_batch_runner_asks_for_the_kind_that_the_page_reads(tmp_path):
-    for kind, make in OTHERS.items(): make().save_pretrained(tmp_path/kind)
-    def plan(file, **values): return runner.plan([file], values=dict(data="demo") | {k: str(tmp_path/v) if v in OTHERS else v for k, v in values.items()})
-    assert plan("18/videomae.yaml", backbone="videomae") and plan("18/dinov3.yaml", backbone="images") and plan("14.yaml", backbone="vjepa2", frames="swin")
+    for kind, make in OTHERS.items():
+        make().save_pretrained(tmp_path/kind)
+    def plan(file, **values):
+        here = {k: str(tmp_path/v) if v in OTHERS else v for k, v in values.items()}
+        return runner.plan([file], values=dict(data="demo") | here)
+    assert plan("18/videomae.yaml", backbone="videomae") and plan("18/dinov3.yaml", backbone="images")
+    assert plan("14.yaml", backbone="vjepa2", frames="swin")
     assert plan("14.yaml", frames="swin", arm="swincvs", backbone="nowhere")                       # this arm has no V-JEPA 2
-    for file, values in (("18/videomae.yaml", dict(backbone="vjepa2")), ("18/dinov3.yaml", dict(backbone="videomae")), ("14.yaml", dict(backbone="demo", frames="vjepa2"))):
-        with pytest.raises(runner.ParameterError, match=r"holds a \w+: choose one of"): plan(file, **values)
+    wrong = [("18/videomae.yaml", dict(backbone="text")), ("14.yaml", dict(backbone="videomae", frames="swin")),
+             ("14.yaml", dict(backbone="demo", frames="vjepa2"))]
+    for file, values in wrong:
+        with pytest.raises(runner.ParameterError, match=r"holds a \w+(: choose one of|, which reads)"):
+            plan(file, **values)
 
 def shards(folder, n=2):
     "The weights of `folder` in `n` files with an index; returns their names."
