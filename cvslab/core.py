@@ -11,7 +11,8 @@ __all__ = ['MISSING', 'TICK', 'Share', 'Device', 'Precision', 'Split', 'Reported
            'check_parameters', 'Proof', 'code_fingerprint', 'git_state', 'Run']
 
 # %% ../nbs/lib/00_core.ipynb #78cd0a02
-import ast, codecs, copy, csv, ctypes, difflib, hashlib, importlib.metadata, io, json, os, platform, random, re, shutil, subprocess, sys, threading, time
+import ast, codecs, copy, csv, ctypes, difflib, hashlib, importlib.metadata, io, json, os, platform, random, re, shutil, subprocess, sys
+import threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,7 +326,7 @@ def _folder_contents(folder: Path, names: set, pool: ThreadPoolExecutor) -> dict
     return found
 
 def contents(folder, names, threads: int = None) -> dict[str, str]:
-    """Name -> digest of the bytes of each of the files `names` in `folder` (`train/1_25.jpg` for one in a folder of it).
+    """Name -> digest of the bytes of each of the files `names` in `folder` (`train/1_25.jpg` if one lies deeper).
 
     Read is only what is new or was touched since the last look; raises `FileNotFoundError` naming what is not there."""
     names, places = list(names), {}

@@ -28,8 +28,8 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .core import (MISSING, Ledger, Proof, atomic, cache_dir, changed_since, content, contents, derive_seed, digest, load,
-                   main_process, numbers, read_table, rel, root, save, words)
+from .core import (MISSING, Ledger, Proof, atomic, cache_dir, changed_since, content, contents, derive_seed, digest,
+                   load, main_process, numbers, read_table, rel, root, save, words)
 
 # %% ../nbs/lib/03_endoscapes.ipynb #979c9517
 SPLITS = ("train", "val", "test")
@@ -91,8 +91,8 @@ COCO = {"boxes": "{}/annotation_coco.json", "key": "{}/annotation_ds_coco.json",
         "seg": "{}_seg/annotation_coco.json"}
 
 def open_tree(data) -> Path:
-    """The folder of a dataset: `demo` is drawn once and cached, anything else is a folder, absolute, below `~` or seen from the project.
-    A folder that holds nothing but the tree's folder is opened as that."""
+    """The folder of a dataset: `demo` is drawn once and cached, anything else is a folder, absolute, below `~` or seen
+    from the project. A folder that holds one tree is opened as that."""
     if str(data) == "demo":
         from cvslab.demo import demo_tree
         return demo_tree()
@@ -102,10 +102,11 @@ def open_tree(data) -> Path:
     inner = sorted(p.parent for p in tree.glob("*/all_metadata.csv"))
     if len(inner) == 1:
         return inner[0]
-    here = "choose one of " + ", ".join(repr(Path(data, p.name).as_posix()) for p in inner) if inner else "'demo' draws one"
+    choices = ", ".join(repr(Path(data, p.name).as_posix()) for p in inner)
+    here = f"choose one of {choices}" if inner else "'demo' draws one"
     what = "is not a tree of Endoscapes (it has no all_metadata.csv)" if tree.is_dir() else "is no folder"
-    raise FileNotFoundError(f"data {str(data)!r} {what}: {here}. A tree holds train/, val/ and test/ with VIDEO_FRAME.jpg, "
-                            "all_metadata.csv, train_vids.txt, val_vids.txt and test_vids.txt")
+    raise FileNotFoundError(f"data {str(data)!r} {what}: {here}. A tree holds train/, val/ and test/ with "
+                            "VIDEO_FRAME.jpg, all_metadata.csv, train_vids.txt, val_vids.txt and test_vids.txt")
 
 def _files(folder: Path, suffixes: tuple) -> dict[str, str]:
     "Stem -> name of the `VIDEO_FRAME` files in `folder`, from one listing; `ValueError` where two are of one frame."
@@ -114,7 +115,7 @@ def _files(folder: Path, suffixes: tuple) -> dict[str, str]:
         stem, _, suffix = name.rpartition(".")
         if suffix.lower() in suffixes and re.fullmatch(r"\d+_\d+", stem, re.ASCII):
             if stem in found:
-                raise ValueError(f"{folder.name}/ has two files of the frame {stem}, {found[stem]} and {name}: remove one")
+                raise ValueError(f"{folder.name}/ has two files of one frame, {found[stem]} and {name}: remove one")
             found[stem] = name
     return found
 
@@ -133,28 +134,32 @@ def _number_lines(path: Path, **limits) -> list[float]:
         raise ValueError(str(e).replace(", column 'lines': row", ": line", 1)) from None
 
 def frame_rate(data) -> float:
-    "Raw frames a second of the recordings, by which the frames are numbered: what `fps.txt` says, else that of Endoscapes."
+    "Raw frames a second of the recordings, in which frames are numbered: what `fps.txt` says, else that of Endoscapes."
     path = open_tree(data)/"fps.txt"
     if not path.is_file():
         return FPS
     rates = _number_lines(path, low=1e-3)
     if len(rates) != 1:
-        raise ValueError(f"fps.txt has {len(rates)} lines: it must hold one number, the raw frames a second of all recordings")
+        raise ValueError(f"fps.txt has {len(rates)} lines: it must hold one number, the raw frames a second")
     return rates[0]
 
+def _budgets(tree: Path) -> list[str]:
+    "What lies in the folders of the label budgets: `12_5/train_0` and so on."
+    return [f"{b}/{name}" for b in ("12_5", "25") if (tree/b).is_dir() for name in sorted(os.listdir(tree/b))]
+
 def _read_by_cvslab(tree: Path) -> list[str]:
-    "Every file of a tree that can change what is read from it: tables, annotations, frames and masks; not links to frames."
-    tables = ["all_metadata.csv", *(f"{s}_vids.txt" for s in SPLITS), "seg_label_map.txt", "fps.txt", "drawn_by_cvslab.json"]
-    budgets = [f"{b}/{p.name}" for b in ("12_5", "25") if (tree/b).is_dir() for p in sorted((tree/b).iterdir()) if p.is_dir()]
-    folders = [*SPLITS, *(f"{s}_seg" for s in SPLITS), "all", *budgets]
+    "Every file that can change what is read from a tree: tables, annotations, frames and masks; not links to frames."
+    lists = [f"{s}_vids.txt" for s in SPLITS]
+    tables = ["all_metadata.csv", *lists, "seg_label_map.txt", "fps.txt", "drawn_by_cvslab.json"]
+    folders = [*SPLITS, *(f"{s}_seg" for s in SPLITS), "all", *_budgets(tree)]
     told = [pattern.format(f) for f in folders for which, pattern in COCO.items() if which != "seg"]
     frames = [f"{s}/{n}" for s in SPLITS for n in _files(tree/s, IMAGES).values()]
     masks = [f"semseg/{n}" for n in _files(tree/"semseg", MASKS).values()]
     return [n for n in [*tables, *told] if (tree/n).is_file()] + frames + masks
 
 def data_card(data, masks: bool | str = False) -> dict:
-    """`demo` (drawn by this project?), `fps` (of the recordings) and `fingerprint`: of the content of every table, annotation file, frame
-    and mask of the tree. Where `masks` is a folder of masks, `masks` is the fingerprint of these."""
+    """`demo` (drawn by this project?), `fps` (of the recordings) and `fingerprint`: of the content of every table,
+    annotation file, frame and mask of the tree. Where `masks` is a folder of masks, also `masks`, their fingerprint."""
     tree = open_tree(data)
     held = contents(tree, _read_by_cvslab(tree))
     card = dict(demo=(tree/"drawn_by_cvslab.json").is_file(), fps=frame_rate(tree), fingerprint=digest(held, 12))
@@ -172,7 +177,7 @@ def _refuse(tree, faults):
     if faults: raise ValueError("\n".join([f"{tree.name} cannot be read:", *(f"- {f}" for f in faults)]))
 
 def _read_splits(tree) -> dict[int, str]:
-    "Video -> split, from the three lists of videos: numbers as text, one a line, `1`, `1.0` or `1.000000000000000000e+00`."
+    "Video -> split, from the three lists of videos, one a line: `1`, `1.0` or `1.000000000000000000e+00`."
     faults, found = [], {}
     for split in SPLITS:
         path = tree/f"{split}_vids.txt"
@@ -207,7 +212,8 @@ def _read_metadata(tree) -> pd.DataFrame:
     raw = read_table((tree/name).read_bytes(), name)
     lacking = [c for c in _COLUMNS if c not in raw]
     if lacking: _refuse(tree, [f"all_metadata.csv lacks the columns {lacking}: it has {list(raw)}"])
-    frames = pd.DataFrame(dict(video=numbers(raw, "vid", name, whole=True, low=0), frame=numbers(raw, "frame", name, whole=True, low=0)))
+    video, frame = (numbers(raw, c, name, whole=True, low=0) for c in ("vid", "frame"))
+    frames = pd.DataFrame(dict(video=video, frame=frame))
     frames["key"] = words(raw, "is_ds_keyframe", name, _FLAGS) == "True"
     for criterion in _C:
         frames[criterion] = numbers(raw, criterion.upper(), name, missing=True)
@@ -236,7 +242,7 @@ def _find_files(tree, frames, stem) -> tuple[pd.Series, pd.Series, list[str]]:
     return path.fillna(wanted + ".jpg"), path.isna(), faults
 
 def _find_masks(tree, stem) -> tuple[list[str], np.ndarray, list[str]]:
-    "The mask of each frame (a PNG, else an entry of a COCO file, else empty), which it is, and annotated images that are no frame."
+    "The mask of each frame (a PNG, else an entry of a COCO file, else empty), its source, and what fits no frame."
     drawn = {s: f"semseg/{n}" for s, n in _files(tree/"semseg", MASKS).items()}
     told = {f: _objects(tree, f) for s in SPLITS if (tree/(f := COCO["seg"].format(s))).is_file()}
     faults = [fault for f, objects in told.items() if (fault := _no_frames(f, objects, set(stem)))]
@@ -254,9 +260,9 @@ def _no_frames(file: str, names, known: set) -> str:
 
 # %% ../nbs/lib/03_endoscapes.ipynb #0157171a
 def read_frames(data, ledger: Ledger = None) -> pd.DataFrame:
-    """One row a 1-fps frame, by video and frame: `split, video, frame, seconds` (since the recording began), `path, key, labelled,
-    c1..c3` (mean of raters, copied forward as shipped), `r1_c1..r3_c3` (votes 0/1, NaN off key-frames), `mask` (for `read_mask`, or
-    empty), `mask_source` (semseg, coco or empty).
+    """One row a 1-fps frame, by video and frame: `split, video, frame, seconds` (since the recording began), `path,
+    key, labelled, c1..c3` (mean of raters, copied forward as shipped), `r1_c1..r3_c3` (votes 0/1, NaN off key-frames),
+    `mask` (for `read_mask`, or empty), `mask_source` (semseg, coco or empty).
 
     Raises `ValueError` listing whatever is wrong with the tree; with a `ledger`, missing images are noted there and left out."""
     tree = open_tree(data)
@@ -292,7 +298,8 @@ def _foreign(data: bytes) -> str:
 def _coco_bytes(tree: Path, file: str) -> bytes:
     above = next((p for p in reversed((tree/file).relative_to(tree).parents) if (tree/p).is_file()), None)
     if above:
-        raise ValueError(f"{above.as_posix()} is a file, not a folder: a link of the archive, copy the folder it points to")
+        what = "is a file, not a folder: a link of the archive, copy the folder it points to"
+        raise ValueError(f"{above.as_posix()} {what}")
     if not (tree/file).is_file():
         told = [p.parent for folders in ("*", "12_5/*", "25/*") for p in tree.glob(f"{folders}/annotation*.json")]
         there = sorted({folder.relative_to(tree).as_posix() for folder in told})
@@ -311,7 +318,7 @@ def _parsed(file: str, data: bytes) -> dict:
         raise ValueError(f"{file} is no JSON ({e}): it is cut or was edited, copy it from the archive again") from None
     lacking = [k for k in ("images", "annotations") if not isinstance(coco, dict) or not isinstance(coco.get(k), list)]
     if lacking:
-        raise ValueError(f"{file} lacks the key {lacking[0]!r}: a COCO file has lists of images, annotations and categories")
+        raise ValueError(f"{file} lacks the key {lacking[0]!r}: a COCO file lists images, annotations and categories")
     return coco
 
 def _keys(file: str, coco: dict, what: str, *keys: str) -> list[dict]:
@@ -354,15 +361,16 @@ def _mean_votes(image, file) -> list[float]:
     return ds
 
 def read_coco(data, split: str, which: str = "1fps") -> pd.DataFrame:
-    """The images of a COCO file of the tree, by video and frame: `split, video, frame, path, key` and `box` (has boxes), `c1..c3` (mean
-    of raters). `split` is a split or a label budget (`12_5/train_0`), `which` one of `COCO`.
+    """The images of a COCO file of the tree, by video and frame: `split, video, frame, path, key` and `box` (has
+    boxes), `c1..c3` (mean of raters). `split` is a split or a label budget (`12_5/train_0`), `which` one of `COCO`.
 
     `ValueError` where an image is listed twice, is no frame or lacks a key."""
     tree, file = _coco_file(data, split, which)
-    images = _keys(file, _parsed(file, _coco_bytes(tree, file)), "images", "file_name", "is_ds_keyframe", "is_det_keyframe")
+    coco = _parsed(file, _coco_bytes(tree, file))
+    images = _keys(file, coco, "images", "file_name", "is_ds_keyframe", "is_det_keyframe")
     names = [_last(i["file_name"]) for i in images]
     if strange := _strange(map(_stem, names)):
-        raise ValueError(f"{file} has {len(strange)} images that are called otherwise than VIDEO_FRAME.jpg: {_some(strange)}")
+        raise ValueError(f"{file} has {len(strange)} images that are not called VIDEO_FRAME.jpg: {_some(strange)}")
     stems = [_stem(n).split("_") for n in names]
     table = pd.DataFrame(dict(split=split, video=[int(v) for v, _ in stems], frame=[int(f) for _, f in stems],
                               path=[f"{split}/{n}" for n in names],
@@ -380,11 +388,12 @@ def _class_of(file: str, coco: dict) -> dict:
     strange = [c["name"] for c in categories if plain(c["name"]) not in CLASSES]
     if strange:
         lacking = [c for c in CLASSES[1:] if c not in {plain(c["name"]) for c in categories}]
-        raise ValueError(f"{file} has the unknown categories {strange}, and none called {lacking}: rename them in its `categories`")
+        raise ValueError(f"{file} has the unknown categories {strange}, and none called {lacking}: rename them there")
     number = {c["id"]: CLASSES.index(plain(c["name"])) for c in categories}
-    unlisted = sorted({a["category_id"] for a in _keys(file, coco, "annotations", "category_id")} - set(number), key=str)
-    if unlisted:
-        raise ValueError(f"{file} has annotations of the categories {unlisted}, which its `categories` do not name: these are {number}")
+    used = {a["category_id"] for a in _keys(file, coco, "annotations", "category_id")}
+    if unlisted := sorted(used - set(number), key=str):
+        what = f"the categories {unlisted}, which its `categories` do not name: these are {number}"
+        raise ValueError(f"{file} has annotations of {what}")
     return number
 
 @lru_cache(maxsize=8)
@@ -402,7 +411,7 @@ def _objects_of(file: str, data: bytes) -> dict[str, tuple]:
     return found
 
 def _objects(tree: Path, file: str) -> dict[str, tuple[dict, list]]:
-    "Frame -> its image and its annotations, `category` as number in `CLASSES`; frames without annotations are not there."
+    "Frame -> its image and its annotations, `category` as number in `CLASSES`; no frames without annotations."
     return _objects_of(file, _coco_bytes(tree, file))
 
 def _box(annotation: dict, file: str) -> list[float]:
@@ -418,12 +427,12 @@ def _flat(values) -> bool:
     return isinstance(values, list) and all(isinstance(v, (int, float)) and np.isfinite(v) for v in values)
 
 def read_objects(data, split: str, which: str = "boxes") -> pd.DataFrame:
-    """The annotated objects of a COCO file: `video, frame, category` (1 to 6 of `CLASSES`), box `x, y, w, h` in pixels, `rle` (for
-    `rle_to_mask`; polygons, or None)."""
+    """The annotated objects of a COCO file: `video, frame, category` (1 to 6 of `CLASSES`), box `x, y, w, h` in
+    pixels, `rle` (for `rle_to_mask`; polygons, or None)."""
     tree, file = _coco_file(data, split, which)
     found = _objects(tree, file)
     if strange := _strange(found):
-        raise ValueError(f"{file} has {len(strange)} annotated images that are called otherwise than VIDEO_FRAME.jpg: {_some(strange)}")
+        raise ValueError(f"{file} has {len(strange)} images that are not called VIDEO_FRAME.jpg: {_some(strange)}")
     rows = [(*map(int, name.split("_")), a["category"], *_box(a, file), a.get("segmentation") or None)
             for name, (_, objects) in found.items() for a in objects]
     return pd.DataFrame(rows, columns=["video", "frame", "category", "x", "y", "w", "h", "rle"])
@@ -459,7 +468,7 @@ def rle_to_mask(rle: dict) -> np.ndarray:
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 def _polygon(corners: list[float], height: int, width: int) -> np.ndarray:
-    "`(height, width)` bool: pixels whose centre lies inside of a polygon `x, y, x, y ...`: an odd number of edges is left of it."
+    "`(height, width)` bool: pixels whose centre lies inside a polygon `x, y, x, y ...`: an odd number of edges lies left."
     x, y = np.asarray(corners, float).reshape(-1, 2).T
     flips = np.zeros((height, width + 1), int)
     for xa, ya, xb, yb in zip(x, y, np.roll(x, -1), np.roll(y, -1)):
@@ -498,7 +507,7 @@ def _fill_boxes(height, width, boxes) -> np.ndarray:
     return classes
 
 def _paint(objects) -> np.ndarray:
-    "One map of classes from the masks (category, (H, W) bool) of single objects; where they overlap the smaller one lies on top."
+    "One map of classes from the masks (category, (H, W) bool) of objects; where they overlap the smaller lies on top."
     shapes = sorted({mask.shape for _, mask in objects})
     if len(shapes) > 1:
         raise ValueError(f"its objects have masks of different sizes: {shapes}")
@@ -508,7 +517,7 @@ def _paint(objects) -> np.ndarray:
     return classes
 
 def _label_map(tree: Path) -> np.ndarray:
-    "The number in `CLASSES` of each value 0..256 in a PNG of `semseg`, by its name in `seg_label_map.txt`; `IGNORE` if it has none."
+    "Number in `CLASSES` of each value 0..256 in a PNG of `semseg`, by its name in `seg_label_map.txt`, else `IGNORE`."
     known = np.full(257, IGNORE, np.uint8)                                       # 256: all that is no byte
     known[:len(CLASSES)] = range(len(CLASSES))
     if not (tree/"seg_label_map.txt").is_file():
@@ -530,7 +539,7 @@ def _label_map(tree: Path) -> np.ndarray:
             known[value] = CLASSES.index(name)
     return known
 
-_ENTRY = re.compile(r"(.+\.json)#(box:)?(\d+_\d+)")       # an entry of a COCO file of the tree; any other # is part of a name
+_ENTRY = re.compile(r"(.+\.json)#(box:)?(\d+_\d+)")       # an entry of a COCO file; any other # is part of a name
 
 def _picture(path: Path) -> np.ndarray:
     "`(H, W)` values of a PNG, whose channels must be the same."
@@ -604,8 +613,8 @@ def _windows(video: np.ndarray, chosen: np.ndarray, protocol: Protocol) -> np.nd
     return np.clip(chosen[:, None] + offsets, first[:, None], last[:, None])
 
 def make_clips(frames: pd.DataFrame, protocol: Protocol = OFFICIAL) -> pd.DataFrame:
-    """One row a clip of `protocol.split`: `clip` (VIDEO_FRAME), `video, frame, split`, `frames` (the raw frame numbers shown) and their `seconds`, `y_c1..y_c3`,
-    `has_mask` (any of its frames has one) and `changed`: another label than by the majority (by `any`, where the majority is the rule),
+    """One row a clip of `protocol.split`: `clip` (VIDEO_FRAME), `video, frame, split`, `frames` (the raw frame numbers shown), their
+    `seconds`, `y_c1..y_c3`, `has_mask` (any of its frames has one) and `changed`: another label than by the majority (by `any`, where the majority is the rule),
     under `recorded` one that was copied from an earlier frame, or zero before the first, under `clip` another than its own frame's.
 
     Raises `ValueError` where the split is empty, a label is missing, or black frames are to go and were not looked for."""
@@ -675,7 +684,7 @@ def _decoded(path: Path) -> np.ndarray:
         height, width = decode_jpeg_header(jpeg)[:2]
         if len(getattr(_scratch, "memory", ())) < 3*width*height: _scratch.memory = np.empty(3*width*height, np.uint8)
         return decode_jpeg(jpeg, buffer=_scratch.memory)
-    except ValueError as e:                                                     # what follows the marker of the end is padding
+    except ValueError as e:                                              # what follows the marker of the end is padding
         if "Premature end" in str(e) or b"\xff\xd9" not in jpeg:
             raise ValueError(f"it is cut short, to {len(jpeg):,} bytes ({e})") from None
         raise ValueError(f"a damaged JPEG ({e})") from None
@@ -692,8 +701,10 @@ def _read_json(path: Path) -> dict:
 
 # %% ../nbs/lib/03_endoscapes.ipynb #32b63710
 class _Array:
-    """The packed frames of one split: `frames.npy`, a note for each block, and an index once it is whole. Its folder's name follows from
-    what the files hold (`held`: path -> digest, as looked up at `looked`), and a block of the same files is copied from a neighbour."""
+    """The packed frames of one split: `frames.npy`, a note for each block, and an index once it is whole.
+
+    The folder's name follows from what the files hold (`held`: path -> digest, looked up not before the time `looked`);
+    a block of the same files is copied from another folder."""
     def __init__(self, name: str, tree: Path, held: dict[str, str], looked: int, geometry: str, size: int):
         self.tree, self.paths, self.held, self.looked = tree, list(held), held, looked
         self.geometry, self.size = geometry, size
@@ -730,7 +741,7 @@ class _Array:
             return why.replace(str(self.tree), self.tree.name)
 
     def _noted(self, folder: Path, start: int, held: str) -> tuple[dict, bytes]:
-        "The note and the bytes of a block of the files `held`, if `folder` has it and its bytes are as noted; else nothing."
+        "Note and bytes of a block of the files `held`, if `folder` has it and its bytes are as noted; else nothing."
         note = _read_json(folder/"blocks"/f"{start:06d}.json")
         if note.get("held") != held or not (folder/"frames.npy").is_file():
             return {}, b""
@@ -765,8 +776,8 @@ class _Array:
             f.flush()
             os.fsync(f.fileno())                                       # a note says what is on the disk
         brightness = pixels.sum(axis=(2, 3), dtype=np.uint32).sum(axis=1) / pixels[0].size
-        note = dict(start=start, held=held, bytes=pixels.nbytes, crc=zlib.crc32(pixels), brightness=brightness.round(2).tolist(),
-                    unreadable=unreadable)
+        note = dict(start=start, held=held, bytes=pixels.nbytes, crc=zlib.crc32(pixels),
+                    brightness=brightness.round(2).tolist(), unreadable=unreadable)
         if not unreadable: save(path, note)
         return note
 
@@ -819,8 +830,9 @@ def _square_mask(tree: Path, mask: str, frame: str, geometry: str, size: int) ->
         with Image.open(tree/frame) as image:
             width, height = image.size
         if not _same_shape(classes.shape, (height, width)):
-            its = f"{classes.shape[1]} x {classes.shape[0]} pixels, other proportions than its frame of {width} x {height}"
-            raise ValueError(f"it is {its}: a mask must show the whole frame")
+            its = f"{classes.shape[1]} x {classes.shape[0]} pixels"
+            raise ValueError(f"it is {its}, other proportions than its frame of {width} x {height}: "
+                             "a mask must show the whole frame")
     except (OSError, ValueError) as e:
         return None, {}, str(e)
     small = Image.fromarray(_cut(classes, geometry)).resize((size, size), Image.Resampling.NEAREST)
@@ -834,13 +846,13 @@ def _say_once(words: str):
     _said.add(words)
 
 def _pack_masks(tree: Path, frames: pd.DataFrame, geometry: str, size: int, threads: int) -> tuple[Path, pd.Index]:
-    """The masks of `frames` in one `(masks, size, size)` uint8 file, and the frames they belong to. Says which of them have unknown classes;
-    `ValueError` lists all that cannot be read."""
+    """The masks of `frames` in one `(masks, size, size)` uint8 file, and the frames they belong to. Says which of them
+    have unknown classes; `ValueError` lists all that cannot be read."""
     masked = frames[frames["mask"] != ""]
     masks, held = masked["mask"].tolist(), _held_masks(tree, masked["mask"])
     labels = contents(tree, [n for n in ("seg_label_map.txt",) if (tree/n).is_file()])
     path = cache_dir()/"frames"/f"masks_{geometry}{size}_{digest([held, labels, MASKED], 12)}.npy"
-    if masks and not path.exists():
+    if masks and not (path.exists() and path.with_suffix(".json").exists()):
         with ThreadPoolExecutor(threads) as pool:
             read = list(pool.map(_square_mask, repeat(tree), masks, masked["path"], repeat(geometry), repeat(size)))
         _refuse(tree, [f"{_called(m)}: {wrong}" for m, (_, _, wrong) in zip(masks, read) if wrong])
@@ -899,8 +911,10 @@ def _ids(video, frame) -> np.ndarray:
 class FrameStore:
     """Packed frames: `store[rows]` is `(n, 3, size, size)` uint8, a copy; `store.rows(video, frame)` finds the rows. Made by `pack_frames`.
 
-    `held` has a digest of the file of each row. Files are mapped where they are first read, so a store travels to the workers of a loader."""
-    def __init__(self, files: list[Path], ids: np.ndarray, starts: list[int], brightness, unreadable: dict, size: int, held, masks=None):
+    `held` has a digest of the file of each row. The arrays are mapped where they are first read, so a store travels to
+    the workers of a loader."""
+    def __init__(self, files: list[Path], ids: np.ndarray, starts: list[int], brightness, unreadable: dict, size: int,
+                 held, masks=None):
         self.files, self.starts, self.size, self.masks = files, np.array(starts), size, masks
         self.held = np.array(held, "S32")
         self.index, self.brightness, self.unreadable, self._open = pd.Index(ids), np.array(brightness, np.float32), unreadable, {}
@@ -949,7 +963,7 @@ def pack_frames(
     ledger: Ledger = None,     # takes images that cannot be read; without it they raise `ValueError`
     threads: int = None,       # that decode at once; one a core by default
 ) -> FrameStore:
-    "Every image of `frames`, decoded and resized once, in one array a split in the cache; what is there of the same files is used."
+    "Every image of `frames`, decoded and resized once, in one array a split in the cache; used where it is there."
     if geometry not in _CHOICES["geometry"]: raise ValueError(f"unknown geometry {geometry!r}: choose from {_CHOICES['geometry']}")
     tree, looked, threads = open_tree(data), time.time_ns(), threads or os.cpu_count()
     frames = frames.sort_values(["split", "video", "frame"])
@@ -963,8 +977,10 @@ def pack_frames(
     if unreadable: ledger.check(len(frames))
     starts = np.cumsum([0, *map(len, parts.values())])[:-1].tolist()
     read = frames[~frames["path"].isin(unreadable)]
-    return FrameStore([a.file for a in arrays], _ids(frames["video"], frames["frame"]), starts, [b for i in indexes for b in i["brightness"]],
-                      unreadable, size, list(held.values()), _pack_masks(tree, read, geometry, size // 4, threads) if masks else None)
+    brightness = [b for i in indexes for b in i["brightness"]]
+    packed = _pack_masks(tree, read, geometry, size // 4, threads) if masks else None
+    return FrameStore([a.file for a in arrays], _ids(frames["video"], frames["frame"]), starts, brightness, unreadable,
+                      size, list(held.values()), packed)
 
 def mark_black(frames: pd.DataFrame, store: FrameStore, threshold: float = BLACK) -> pd.DataFrame:
     "`frames` with `brightness` (mean pixel, 0 to 255) and `black` (below `threshold`), without those that could not be read."
@@ -974,16 +990,17 @@ def mark_black(frames: pd.DataFrame, store: FrameStore, threshold: float = BLACK
 
 # %% ../nbs/lib/03_endoscapes.ipynb #e7b4038a
 def _link_rows(tree: Path) -> list[tuple]:
-    "Links of the archive that were unpacked as files: in place of a folder, of an annotation file or list, and of pictures."
+    "Links of the archive that were unpacked as files: in place of a folder, an annotation file, a list or pictures."
     parents = [*(f"{s}_seg" for s in SPLITS), "all", "12_5", "25"]
-    folds = [f"{b}/{name}" for b in ("12_5", "25") if (tree/b).is_dir() for name in sorted(os.listdir(tree/b))]
+    folds = _budgets(tree)
     folders = [f for f in [*parents, *folds] if (tree/f).is_file()]
-    rows = [("link unpacked as a file", f, 1, "", "what is in this folder is not read: copy the folder it points to") for f in folders]
+    what = "what is in this folder is not read: copy the folder it points to"
+    rows = [("link unpacked as a file", f, 1, "", what) for f in folders]
     told = [pattern.format(f) for f in [*SPLITS, *parents, *folds] for which, pattern in COCO.items() if which != "seg"]
     lists = [f"{s}{kind}_vids.txt" for s in SPLITS for kind in ("", "_seg")]
     for name in (n for n in [*told, *lists] if (tree/n).is_file() and (tree/n).stat().st_size < 300):
         found = _foreign((tree/name).read_bytes())
-        if found == "is empty" or (found and name not in lists):                          # a short list looks like a link
+        if found == "is empty" or (found and name not in lists):                 # a short list looks like a link
             rows.append(("link unpacked as a file", name, 1, found, "copy the file it points to"))
     for folder in (f for f in [*parents, *folds] if (tree/f).is_dir()):
         with os.scandir(tree/folder) as entries:
@@ -1009,8 +1026,8 @@ def _coco_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
             both = wanted.merge(coco[["video", "frame"]], on=["video", "frame"], how="left", indicator=True)
             gone = both.loc[both["_merge"] == "left_only", "video"].value_counts(sort=False)
             if len(gone):
-                what = ("the table and the folder have them, so no clip is lost; readers that walk this file see other windows "
-                        "(the archive itself lacks 228 frames of videos 190 and 194)")
+                what = ("the table and the folder have them, so no clip is lost; readers that walk this file see other "
+                        "windows (the archive itself lacks 228 frames of videos 190 and 194)")
                 by = _some(f"video {v} ({n})" for v, n in gone.items())
                 rows.append(("frames missing in a COCO file", file, int(gone.sum()), by, what))
             if len(other := disagreements(frames, coco)):
@@ -1034,7 +1051,8 @@ def _frame_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
         black = frames[frames["black"]]
         what = f"darker than {BLACK:g} of 255: `black=drop` of a protocol leaves out the clips of such frames"
         by = _some(f"{n} in {s}" for s, n in black["split"].value_counts().items())
-        rows.append(("black frames", "train/ val/ test/", len(black), f"{by}, of them {black['key'].sum()} key-frames", what))
+        by += f", of them {black['key'].sum()} key-frames"
+        rows.append(("black frames", "train/ val/ test/", len(black), by, what))
     return rows
 
 def _mask_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
@@ -1062,7 +1080,7 @@ def _mask_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
     return rows
 
 def irregularities(data, frames: pd.DataFrame = None) -> pd.DataFrame:
-    """What is odd in a tree and does not stop it from being read, a row each: `what`, `where`, `count`, `examples` and `meaning`; without rows, nothing is.
+    """What is odd in a tree and does not stop it from being read, a row each: `what, where, count, examples, meaning`.
 
     `frames` are those of `read_frames`, if they were read already; of `mark_black`, the black ones are counted too."""
     tree = open_tree(data)

@@ -71,10 +71,11 @@ def cache_tokens(
         raise ValueError("this backbone learns, so its tokens change: cache those of a frozen one")
     views, config, acc = VIEWS[:1 + mirrored], model.backbone.config, accelerator(recipe)
     side = config.crop_size // config.patch_size
-    folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), asdict(dataset.protocol), PIXELS, pool, recipe.precision], 16)
+    made = [fingerprint(model.backbone), asdict(dataset.protocol), PIXELS, pool, recipe.precision]
+    folder = cache_dir()/"tokens"/digest(made, 16)
     blocks = [[int(i) for i in b] for b in np.array_split(np.arange(len(dataset)), range(BLOCK, len(dataset), BLOCK))]
     names = [dataset.clips["clip"].iloc[b].tolist() for b in blocks]
-    shown = [dataset.store.held[dataset.rows[b]].astype(str) for b in blocks]                # digests of the frames' files
+    shown = [dataset.store.held[dataset.rows[b]].astype(str) for b in blocks]            # digests of the frames' files
     held = [digest([clips, files], 16) for clips, files in zip(names, shown)]
     files = {v: [folder/f"{h}_{v}.safetensors" for h in held] for v in views}
     todo = [(b, clips, {v: p for v, p in zip(views, paths) if not p.exists()}) for b, clips, *paths in zip(blocks, names, *files.values())]
@@ -95,7 +96,8 @@ def cache_tokens(
         for v, path in missing.items():
             tokens = torch.cat(parts[v]).contiguous()
             if not tokens.isfinite().all(): raise ValueError(f"tokens of {dataset.protocol.split} are not finite in half precision: this backbone cannot be cached so")
-            atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, dict(clips=json.dumps(clips), view=v, data=card["fingerprint"])))
+            note = dict(clips=json.dumps(clips), view=v, data=card["fingerprint"])
+            atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, note))
     return TokenDataset(dataset, files)
 
 def _size(n): return f"{n/1e9:,.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
