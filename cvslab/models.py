@@ -1013,32 +1013,62 @@ def pixels_proof(model: VideoClassifier, video: torch.Tensor, pixels: str) -> Pr
 def check_frames_folder(folder: str) -> Path:
     "The place `save_frames` may write to: a new or empty folder of the project, or one that holds a transformers model; else `ValueError`."
     place = local(folder)
-    others = sorted(p.name for p in place.iterdir() if p.name not in ("config.json", "model.safetensors")) if place.is_dir() else []
-    if others or place.is_file(): raise ValueError(f"save_frames {folder!r} holds {', '.join(others[:3]) or 'a file'}: name a new folder for the frame encoder")
+    others = (
+        sorted(p.name for p in place.iterdir() if p.name not in ("config.json", "model.safetensors"))
+        if place.is_dir()
+        else []
+    )
+    if others or place.is_file():
+        raise ValueError(
+            f"save_frames {folder!r} holds {', '.join(others[:3]) or 'a file'}: name a new folder for the frame encoder"
+        )
     return place
+
 
 def save_frames(model: VideoClassifier, folder: str) -> str:
     "Write the SwinV2 of `model`, whose backbone is `SwinFrames`, as a transformers folder that `frames` takes; loaded again to see that it is the same. Returns `folder`."
     if not isinstance(model.backbone, SwinFrames):
-        raise ValueError(f"a {type(model.backbone).__name__} has no whole SwinV2 to save: train one with arm frames or swincvs")
+        raise ValueError(
+            f"a {type(model.backbone).__name__} has no whole SwinV2 to save: train one with arm frames or swincvs"
+        )
     place, swin = check_frames_folder(folder), model.backbone.frames
     swin.config.pixels = model.spec["pixels"] or "imagenet"
     with tempfile.TemporaryDirectory() as half:
         swin.save_pretrained(half)
-        for name in ("model.safetensors", "config.json"): atomic(place/name, lambda tmp: shutil.copyfile(Path(half)/name, tmp))
+        for name in ("model.safetensors", "config.json"):
+            atomic(place / name, lambda tmp: shutil.copyfile(Path(half) / name, tmp))
     again = load_frames(folder).state_dict()
     differing = [n for n, tensor in swin.state_dict().items() if not torch.equal(tensor.cpu(), again[n])]
-    if differing: raise OSError(f"{folder} holds other weights than were written ({differing[:3]}): delete it and save again")
+    if differing:
+        raise OSError(f"{folder} holds other weights than were written ({differing[:3]}): delete it and save again")
     return folder
 
 # %% ../nbs/lib/08_models.ipynb #c2f5b8e0
-_SWINV2 = {"patch_embed.proj.": "embeddings.patch_embeddings.projection.", "patch_embed.norm.": "embeddings.norm.", "absolute_pos_embed": "embeddings.position_embeddings",
-           "layers.": "encoder.layers.", "norm.": "layernorm."}
-_BLOCK = {".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.", ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense.",
-          ".attn.proj.": ".attention.output.dense.", ".attn.cpb_mlp.": ".attention.self.continuous_position_bias_mlp.", ".attn.logit_scale": ".attention.self.logit_scale",
-          ".attn.q_bias": ".attention.self.query.bias", ".attn.v_bias": ".attention.self.value.bias"}
+_SWINV2 = {
+    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    "patch_embed.norm.": "embeddings.norm.",
+    "absolute_pos_embed": "embeddings.position_embeddings",
+    "layers.": "encoder.layers.",
+    "norm.": "layernorm.",
+}
+_BLOCK = {
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
+    ".attn.proj.": ".attention.output.dense.",
+    ".attn.cpb_mlp.": ".attention.self.continuous_position_bias_mlp.",
+    ".attn.logit_scale": ".attention.self.logit_scale",
+    ".attn.q_bias": ".attention.self.query.bias",
+    ".attn.v_bias": ".attention.self.value.bias",
+}
 _SWINCVS = {"fc_lstm.": "head.0.", "fc_swin.": "auxiliary.", "head.": "head.0.", "lstm.": "pooler.lstm."}
-_COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask")     # buffers of microsoft's code; transformers computes them
+_COMPUTED = (
+    "relative_position_index",
+    "relative_coords_table",
+    "attn_mask",
+)  # buffers of microsoft's code; transformers computes them
+
 
 def _translated(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "Tensors in microsoft's layout of Swin V2 under transformers' names; what has no counterpart keeps its name."
@@ -1046,44 +1076,78 @@ def _translated(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         old = next((p for p in _SWINV2 if name.startswith(p)), None)
         new = _SWINV2[old] + name.removeprefix(old) if old else name
-        for part, theirs in _BLOCK.items(): new = new.replace(part, theirs)
+        for part, theirs in _BLOCK.items():
+            new = new.replace(part, theirs)
         if name.endswith(".attn.qkv.weight"):
-            for part, weight in zip(("query", "key", "value"), tensor.chunk(3)): found[new.replace(".attn.qkv.", f".attention.self.{part}.")] = weight
-        else: found[new] = tensor
+            for part, weight in zip(("query", "key", "value"), tensor.chunk(3)):
+                found[new.replace(".attn.qkv.", f".attention.self.{part}.")] = weight
+        else:
+            found[new] = tensor
     return found
+
 
 def _swinv2_config(state: dict[str, torch.Tensor]) -> dict:
     "Arguments of `Swinv2Config` for tensors in microsoft's layout, all read off their shapes and computed buffers."
     blocks = [name.split(".")[:4] for name in state if name.endswith(".attn.logit_scale")]
-    if not blocks: raise ValueError("it holds no Swin V2: layers.0.blocks.0.attn.logit_scale is missing")
+    if not blocks:
+        raise ValueError("it holds no Swin V2: layers.0.blocks.0.attn.logit_scale is missing")
     depths = [sum(b[1] == str(i) for b in blocks) for i in range(1 + max(int(b[1]) for b in blocks))]
     first = [f"layers.{i}.blocks.0." for i in range(len(depths))]
-    lacking = [n for p in first for n in (f"{p}attn.relative_position_index", f"{p}attn.relative_coords_table") if n not in state]
-    if lacking: raise ValueError(f"it lacks {lacking[0]}, which says how wide its windows are")
+    lacking = [
+        n
+        for p in first
+        for n in (f"{p}attn.relative_position_index", f"{p}attn.relative_coords_table")
+        if n not in state
+    ]
+    if lacking:
+        raise ValueError(f"it lacks {lacking[0]}, which says how wide its windows are")
     windows = [math.isqrt(len(state[f"{p}attn.relative_position_index"])) for p in first]
-    def trained(i):                              # width of the windows in pretraining, by which the log-spaced coordinates were divided
-        far = 2**(3*state[f"{first[i]}attn.relative_coords_table"].max().item()) - 1
-        width = round(8*(windows[i] - 1)/far + 1)
+
+    def trained(i):  # width of the windows in pretraining, by which the log-spaced coordinates were divided
+        far = 2 ** (3 * state[f"{first[i]}attn.relative_coords_table"].max().item()) - 1
+        width = round(8 * (windows[i] - 1) / far + 1)
         return 0 if width == windows[i] else width
-    sides = set()                                # of the first stage's map, as each stage tells it
+
+    sides = set()  # of the first stage's map, as each stage tells it
     for i, window in enumerate(windows):
         mask = state.get(f"layers.{i}.blocks.1.attn_mask")
-        if mask is not None: sides.add(window*math.isqrt(len(mask)) << i)
-        elif depths[i] > 1 or window < max(windows): sides.add(window << i)      # a second block that is not shifted: one window fills the map
-    if len(sides) != 1: raise ValueError("its windows and masks do not tell the size of its frames")
+        if mask is not None:
+            sides.add(window * math.isqrt(len(mask)) << i)
+        elif depths[i] > 1 or window < max(windows):
+            sides.add(window << i)  # a second block that is not shifted: one window fills the map
+    if len(sides) != 1:
+        raise ValueError("its windows and masks do not tell the size of its frames")
     width, channels, patch = (state["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
-    return dict(image_size=sides.pop()*patch, patch_size=patch, num_channels=channels, embed_dim=width, depths=depths, window_size=max(windows),
-                num_heads=[len(state[f"{p}attn.logit_scale"]) for p in first], mlp_ratio=state[f"{first[0]}mlp.fc1.weight"].shape[0]/width,
-                qkv_bias=f"{first[0]}attn.q_bias" in state, use_absolute_embeddings="absolute_pos_embed" in state, pretrained_window_sizes=[trained(i) for i in range(len(depths))])
+    return dict(
+        image_size=sides.pop() * patch,
+        patch_size=patch,
+        num_channels=channels,
+        embed_dim=width,
+        depths=depths,
+        window_size=max(windows),
+        num_heads=[len(state[f"{p}attn.logit_scale"]) for p in first],
+        mlp_ratio=state[f"{first[0]}mlp.fc1.weight"].shape[0] / width,
+        qkv_bias=f"{first[0]}attn.q_bias" in state,
+        use_absolute_embeddings="absolute_pos_embed" in state,
+        pretrained_window_sizes=[trained(i) for i in range(len(depths))],
+    )
+
 
 def _read_pt(path: Path) -> dict[str, torch.Tensor]:
     "The tensors by name that a `.pt` file holds, by themselves or as `model`; nothing else is unpickled."
-    if not path.is_file(): raise FileNotFoundError(f"no file {path.name!r}: give the .pt file of SwinCVS, as seen from the project")
-    try: found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"{path.name} cannot be read as tensors alone ({type(e).__name__}): fetch it again; a file that needs more is not opened") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.name!r}: give the .pt file of SwinCVS, as seen from the project")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(
+            f"{path.name} cannot be read as tensors alone ({type(e).__name__}): fetch it again; a file that needs more is not opened"
+        ) from None
     found = found.get("model", found) if isinstance(found, dict) else found
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()): raise ValueError(f"{path.name} holds no tensors by name: it is no SwinCVS")
+    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+        raise ValueError(f"{path.name} holds no tensors by name: it is no SwinCVS")
     return found
+
 
 def load_swincvs(file: str) -> VideoClassifier:
     """The model of a `.pt` file of SwinCVS: the whole one, end to end or frozen, or the SwinV2 that was trained on single frames, as `build_model` makes it.
@@ -1091,33 +1155,64 @@ def load_swincvs(file: str) -> VideoClassifier:
     Raises `ValueError` unless every tensor of the file has its place and every parameter its tensor."""
     state, name = _read_pt(local(file)), Path(file).name
     whole = any(n.startswith("swinv2_model.") for n in state)
-    swin = {n.removeprefix("swinv2_model."): t for n, t in state.items() if n.startswith("swinv2_model.") or not whole and not n.startswith("head.")}
+    swin = {
+        n.removeprefix("swinv2_model."): t
+        for n, t in state.items()
+        if n.startswith("swinv2_model.") or not whole and not n.startswith("head.")
+    }
     others = {n: t for n, t in state.items() if n.startswith("head.") or whole and not n.startswith("swinv2_model.")}
     output = others.get("fc_lstm.weight" if whole else "head.weight")
-    if output is None: raise ValueError(f"{name} is no SwinCVS: it lacks {'fc_lstm.weight' if whole else 'head.weight'}, its last layer")
-    try: config = _swinv2_config(swin)
-    except ValueError as e: raise ValueError(f"{name} cannot be read as SwinCVS: {e}") from None
-    model = build_model(dict(kind="swin", frames=config), pooler="lstm" if whole else "mean", hidden=0, classes=len(output), auxiliary="fc_swin.weight" in others, pixels="swincvs")
+    if output is None:
+        raise ValueError(
+            f"{name} is no SwinCVS: it lacks {'fc_lstm.weight' if whole else 'head.weight'}, its last layer"
+        )
+    try:
+        config = _swinv2_config(swin)
+    except ValueError as e:
+        raise ValueError(f"{name} cannot be read as SwinCVS: {e}") from None
+    model = build_model(
+        dict(kind="swin", frames=config),
+        pooler="lstm" if whole else "mean",
+        hidden=0,
+        classes=len(output),
+        auxiliary="fc_swin.weight" in others,
+        pixels="swincvs",
+    )
     computed = {n: t for n, t in swin.items() if n.endswith(_COMPUTED)}
-    given = {f"backbone.frames.{n}": t for n, t in _translated({n: t for n, t in swin.items() if n not in computed}).items()}
+    given = {
+        f"backbone.frames.{n}": t for n, t in _translated({n: t for n, t in swin.items() if n not in computed}).items()
+    }
     for n, t in others.items():
         old = next((p for p in _SWINCVS if n.startswith(p)), "")
         given[_SWINCVS.get(old, "") + n.removeprefix(old)] = t
     wanted = model.state_dict()
     missing, left = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    misshapen = [f"{n} is {tuple(given[n].shape)}, not {tuple(wanted[n].shape)}" for n in wanted.keys() & given.keys() if given[n].shape != wanted[n].shape]
-    wrong = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in (("missing", missing), ("left over", left), ("of another shape", sorted(misshapen))) if names]
+    misshapen = [
+        f"{n} is {tuple(given[n].shape)}, not {tuple(wanted[n].shape)}"
+        for n in wanted.keys() & given.keys()
+        if given[n].shape != wanted[n].shape
+    ]
+    wrong = [
+        f"{len(names)} {what} ({', '.join(names[:3])})"
+        for what, names in (("missing", missing), ("left over", left), ("of another shape", sorted(misshapen)))
+        if names
+    ]
     wrong += _other_buffers(model.backbone.frames, computed)
-    if wrong: raise ValueError(f"{name} does not fit SwinCVS: {'; '.join(wrong)}")
+    if wrong:
+        raise ValueError(f"{name} does not fit SwinCVS: {'; '.join(wrong)}")
     model.load_state_dict(given)
     return model.eval()
+
 
 def _other_buffers(swin: Swinv2Model, computed: dict) -> list[str]:
     "Computed buffers of a file that are not those transformers computes."
     ours, found = dict(swin.named_buffers()), []
     for name, theirs in computed.items():
         mine = ours.get("encoder." + name.replace(".attn.", ".attention.self."))
-        if mine is not None and not (mine.shape == theirs.shape and torch.allclose(mine.float(), theirs.float(), atol=1e-5)): found.append(f"{name} has other values than its windows give")
+        if mine is not None and not (
+            mine.shape == theirs.shape and torch.allclose(mine.float(), theirs.float(), atol=1e-5)
+        ):
+            found.append(f"{name} has other values than its windows give")
     return found
 
 # %% ../nbs/lib/08_models.ipynb #f831b7e8

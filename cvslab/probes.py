@@ -25,34 +25,46 @@ from .training import Recipe, _optimizer, _trained_state, _write_checkpoint, acc
 # %% ../nbs/lib/10d_probes.ipynb #d83f61b9
 class ProbeGrid(nn.Module):
     "`n` copies of the pooler and head of `model`, each begun anew, on its frozen backbone: clips or cached tokens -> `logits (B, n, classes)`."
+
     def __init__(self, model: VideoClassifier, n: int):
         super().__init__()
-        if any(p.requires_grad for p in model.backbone.parameters()): raise ValueError("probes are of a frozen backbone: this one learns")
+        if any(p.requires_grad for p in model.backbone.parameters()):
+            raise ValueError("probes are of a frozen backbone: this one learns")
         self.backbone, self.normalise, self.spec = model.backbone, model.normalise, model.spec
         self.probes = nn.ModuleList(nn.Sequential(*_begun(model)) for _ in range(n))
 
     encode, forward = VideoClassifier.encode, VideoClassifier.forward
     pooler, head = property(lambda self: self.probes[0][0]), property(lambda self: self.probes[0][1])
 
-    def classify(self, tokens): return dict(logits=torch.stack([probe(tokens) for probe in self.probes], 1), tokens=tokens)
+    def classify(self, tokens):
+        return dict(logits=torch.stack([probe(tokens) for probe in self.probes], 1), tokens=tokens)
+
 
 def _begun(model):
     "Another pooler and head like those of `model`, of random weights of their own."
     config, head = model.backbone.config, copy.deepcopy(model.head)
     for layer in head.modules():
-        if hasattr(layer, "reset_parameters"): layer.reset_parameters()
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
     return POOLERS[model.spec["pooler"]](config.hidden_size, config.num_attention_heads, model.spec["classes"]), head
+
 
 def each_probe(loss: Callable) -> Callable:
     "The sum of a loss over probes: `outputs['logits'] (B, n, classes)`. One that is no number is left out, so that a probe that diverged leaves the others alone."
+
     def total(outputs, batch):
         each = torch.stack([loss(dict(logits=logits), batch) for logits in outputs["logits"].unbind(1)])
         return torch.where(each.isfinite(), each, 0).sum()
+
     return total
+
 
 def grid_scores(y, logits) -> dict:
     "`cvs_scores` of the best probe of `logits (n, probes, 3)`, which one that is (`probe`), and the `map` of each; None for one that diverged."
-    each = [cvs_scores(y, logits[:, i]) if np.isfinite(logits[:, i]).all() else dict(map=None, reason="the probe diverged") for i in range(logits.shape[1])]
+    each = [
+        cvs_scores(y, logits[:, i]) if np.isfinite(logits[:, i]).all() else dict(map=None, reason="the probe diverged")
+        for i in range(logits.shape[1])
+    ]
     maps = [scores["map"] for scores in each]
     best = max((i for i, m in enumerate(maps) if m is not None), key=lambda i: maps[i], default=0)
     return each[best] | dict(probe=best) | {f"probe{i}": m for i, m in enumerate(maps)}
@@ -61,30 +73,58 @@ def grid_scores(y, logits) -> dict:
 def grid_proof(grid: ProbeGrid, recipe: Recipe, lr: list[float], weight_decay: list[float]) -> Proof:
     "Proof that the optimizer trains a probe for each pair of rate and decay, and that no two probes begin from the same weights."
     seen = [(g["lr"], g["weight_decay"]) for g in _optimizer(accelerator(recipe), grid, recipe).param_groups]
-    starts = {digest([digest(p.detach().cpu().numpy().tobytes(), 16) for p in probe.parameters()]) for probe in grid.probes}
-    def words(pairs): return f"{len(pairs)} probes, rates {' '.join(f'{r:g}' for r in dict.fromkeys(r for r, _ in pairs))} x decays {' '.join(f'{d:g}' for d in dict.fromkeys(d for _, d in pairs))}"
-    return Proof("grid", f"{words(_pairs(lr, weight_decay))}, none cut by another's gradient", f"{words(seen)}, {len(starts)} different starts, gradients {'never cut' if recipe.clip_norm == math.inf else 'cut together'}",
-                 seen == _pairs(lr, weight_decay) and len(starts) == len(seen) and recipe.clip_norm == math.inf)
+    starts = {
+        digest([digest(p.detach().cpu().numpy().tobytes(), 16) for p in probe.parameters()]) for probe in grid.probes
+    }
 
-def _pairs(lr, weight_decay): return [(rate, decay) for decay, rate in product(weight_decay, lr)]
+    def words(pairs):
+        return f"{len(pairs)} probes, rates {' '.join(f'{r:g}' for r in dict.fromkeys(r for r, _ in pairs))} x decays {' '.join(f'{d:g}' for d in dict.fromkeys(d for _, d in pairs))}"
+
+    return Proof(
+        "grid",
+        f"{words(_pairs(lr, weight_decay))}, none cut by another's gradient",
+        f"{words(seen)}, {len(starts)} different starts, gradients {'never cut' if recipe.clip_norm == math.inf else 'cut together'}",
+        seen == _pairs(lr, weight_decay) and len(starts) == len(seen) and recipe.clip_norm == math.inf,
+    )
+
+
+def _pairs(lr, weight_decay):
+    return [(rate, decay) for decay, rate in product(weight_decay, lr)]
+
 
 def grid_recipe(recipe: Recipe, lr: list[float], weight_decay: list[float]) -> Recipe:
     "`recipe` for a grid: a rate and a decay for each probe, no cutting of gradients, and the last epoch."
-    if recipe.precision.startswith("fp16"): raise ValueError(f"precision {recipe.precision} scales one loss for all probes, and one that diverges would stop them all: choose fp32 or bf16")
+    if recipe.precision.startswith("fp16"):
+        raise ValueError(
+            f"precision {recipe.precision} scales one loss for all probes, and one that diverges would stop them all: choose fp32 or bf16"
+        )
     pairs = _pairs(lr, weight_decay)
-    return replace(recipe, losses={k: replace(term, fn=each_probe(term.fn)) for k, term in recipe.losses.items()}, score=grid_scores, clip_norm=math.inf, reported="last",
-                   patience=recipe.epochs, train_scores="running", lr={f"probe{i}": rate for i, (rate, _) in enumerate(pairs)},
-                   weight_decay={f"probe{i}": decay for i, (_, decay) in enumerate(pairs)})
+    return replace(
+        recipe,
+        losses={k: replace(term, fn=each_probe(term.fn)) for k, term in recipe.losses.items()},
+        score=grid_scores,
+        clip_norm=math.inf,
+        reported="last",
+        patience=recipe.epochs,
+        train_scores="running",
+        lr={f"probe{i}": rate for i, (rate, _) in enumerate(pairs)},
+        weight_decay={f"probe{i}": decay for i, (_, decay) in enumerate(pairs)},
+    )
 
 # %% ../nbs/lib/10d_probes.ipynb #6c15fd80
-def open_grid(model: VideoClassifier, datasets: dict, card: dict, recipe: Recipe, lr: list[float], weight_decay: list[float]) -> tuple[ProbeGrid, dict, Recipe]:
+def open_grid(
+    model: VideoClassifier, datasets: dict, card: dict, recipe: Recipe, lr: list[float], weight_decay: list[float]
+) -> tuple[ProbeGrid, dict, Recipe]:
     "The probes of a grid, one for each pair of `lr` and `weight_decay`, the cached tokens of `datasets`, and `recipe` as `fit` trains all of them from these at once."
     seed_all(recipe.seed)
-    grid = ProbeGrid(model, len(lr)*len(weight_decay))
+    grid = ProbeGrid(model, len(lr) * len(weight_decay))
     tokens, how = from_tokens(grid, datasets, card, grid_recipe(recipe, lr, weight_decay))
     return grid, tokens, how
 
-def keep_best(run: Run, model: VideoClassifier, grid: ProbeGrid, history: pd.DataFrame, lr: list[float], weight_decay: list[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+
+def keep_best(
+    run: Run, model: VideoClassifier, grid: ProbeGrid, history: pd.DataFrame, lr: list[float], weight_decay: list[float]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Of a grid that was trained in the folder `grid` of `run`, the probe that is best on val in the last epoch becomes the run's: in `model`, as its checkpoint and its history.
 
     Returns that history and the table of all probes, which `grid.csv` keeps: probe, lr, weight_decay, val_map in the last epoch, best_map and best_epoch on the way, chosen."""
@@ -92,19 +132,42 @@ def keep_best(run: Run, model: VideoClassifier, grid: ProbeGrid, history: pd.Dat
     chosen = int(table["probe"][table["chosen"]].item())
     model.pooler, model.head = (copy.deepcopy(module).cpu() for module in grid.probes[chosen])
     seconds, rows = load_last(grid, part)["seconds"], history.to_dict("records")
-    own = [dict(epoch=r["epoch"], train_loss=r["train_loss"]/len(table), train_map=None, val_map=r[f"probe{chosen}"]) for r in rows]
+    own = [
+        dict(epoch=r["epoch"], train_loss=r["train_loss"] / len(table), train_map=None, val_map=r[f"probe{chosen}"])
+        for r in rows
+    ]
     run.save("applied.json", part.load("applied.json"))
     run.save("grid.csv", table)
     run.save("history.csv", pd.DataFrame(own))
-    _write_checkpoint(run, dict(epoch=len(own), model=_trained_state(model), optimizer={}, schedule={}, scaler={}, history=own, seconds=seconds, base=fingerprint(model), spec=model.spec), len(own))
+    _write_checkpoint(
+        run,
+        dict(
+            epoch=len(own),
+            model=_trained_state(model),
+            optimizer={},
+            schedule={},
+            scaler={},
+            history=own,
+            seconds=seconds,
+            base=fingerprint(model),
+            spec=model.spec,
+        ),
+        len(own),
+    )
     return pd.DataFrame(own), table
+
 
 def grid_table(history: pd.DataFrame, lr: list[float], weight_decay: list[float]) -> pd.DataFrame:
     "A row a probe of a grid's history; `chosen` is the best on val in the last epoch. `ValueError` where every one diverged."
-    maps = history[[f"probe{i}" for i in range(len(lr)*len(weight_decay))]].astype(float)
-    if maps.iloc[-1].isna().all(): raise ValueError(f"every probe diverged: lower the rates {lr}")
+    maps = history[[f"probe{i}" for i in range(len(lr) * len(weight_decay))]].astype(float)
+    if maps.iloc[-1].isna().all():
+        raise ValueError(f"every probe diverged: lower the rates {lr}")
     table, reached = pd.DataFrame(_pairs(lr, weight_decay), columns=["lr", "weight_decay"]), maps.fillna(-1).to_numpy()
     table.insert(0, "probe", range(len(table)))
-    table["val_map"], table["best_map"], table["best_epoch"] = maps.iloc[-1].to_numpy(), maps.max().to_numpy(), history["epoch"].to_numpy()[reached.argmax(0)]
+    table["val_map"], table["best_map"], table["best_epoch"] = (
+        maps.iloc[-1].to_numpy(),
+        maps.max().to_numpy(),
+        history["epoch"].to_numpy()[reached.argmax(0)],
+    )
     table["chosen"] = table["probe"] == reached[-1].argmax()
     return table
