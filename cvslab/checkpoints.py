@@ -25,66 +25,95 @@ from .vjepa import SIZES, VJEPA21Config, VJEPA21Model, VJEPA2EncoderModel
 # %% ../nbs/lib/07c_checkpoints.ipynb #afde624c
 SUFFIXES = (".pt", ".pth", ".tar", ".ckpt")
 
+
 def is_checkpoint(name) -> bool:
     "Whether the name of a backbone is that of a file of `torch.save`, by its suffix."
     return str(name).lower().endswith(SUFFIXES) and not local(name).is_dir()
 
+
 def _no_checkpoint(path: Path) -> str:
     "What the file `path` is, where it is nothing that `torch.load` reads; or nothing."
-    with open(path, "rb") as file: head = file.read(40)
-    if head.startswith(b"version https://git-lfs"): return "a pointer of git-lfs: fetch the file itself by `git lfs pull`"
-    if head[8:9] == b"{": return "a safetensors file: put it as model.safetensors beside its config.json, and give that folder"
-    if head.startswith(b"PK") and not is_zipfile(path): return f"cut off after {path.stat().st_size:,} bytes: fetch it again"
-    if not head.startswith((b"PK", b"\x80")): return f"no file of torch.save, it begins with {head[:16]!r}: fetch it again"
+    with open(path, "rb") as file:
+        head = file.read(40)
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs: fetch the file itself by `git lfs pull`"
+    if head[8:9] == b"{":
+        return "a safetensors file: put it as model.safetensors beside its config.json, and give that folder"
+    if head.startswith(b"PK") and not is_zipfile(path):
+        return f"cut off after {path.stat().st_size:,} bytes: fetch it again"
+    if not head.startswith((b"PK", b"\x80")):
+        return f"no file of torch.save, it begins with {head[:16]!r}: fetch it again"
     return ""
+
 
 def _check_plain(value, where: str):
     "`ValueError` where `value` holds anything but tensors, numbers, texts, and lists and dictionaries of them."
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_quantized: raise ValueError(f"{where} is a tensor of layout {value.layout}: only plain ones are read")
+        if value.layout != torch.strided or value.is_quantized:
+            raise ValueError(f"{where} is a tensor of layout {value.layout}: only plain ones are read")
     elif type(value) in (dict, OrderedDict):
         for key, item in value.items():
-            if type(key) not in (str, int): raise ValueError(f"{where} has a key {key!r}, a {type(key).__name__}: only texts and whole numbers are read")
+            if type(key) not in (str, int):
+                raise ValueError(
+                    f"{where} has a key {key!r}, a {type(key).__name__}: only texts and whole numbers are read"
+                )
             _check_plain(item, f"{where}[{key!r}]")
     elif type(value) in (list, tuple):
-        for i, item in enumerate(value): _check_plain(item, f"{where}[{i}]")
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
     elif value is not None and type(value) not in (bool, int, float, str):
         raise ValueError(f"{where} is a {type(value).__name__}: only tensors and plain values are read")
+
 
 def open_file(path) -> dict:
     "The content of a `torch.save` file, its tensors mapped; `ValueError` on anything but tensors and plain values, by its name."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no file {rel(path)}: give a file that Meta's code or `torch.save` wrote, or a transformers folder")
-    if what := _no_checkpoint(path): raise ValueError(f"{rel(path)} is {what}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file {rel(path)}: give a file that Meta's code or `torch.save` wrote, or a transformers folder"
+        )
+    if what := _no_checkpoint(path):
+        raise ValueError(f"{rel(path)} is {what}")
     mapped = is_zipfile(path)
-    try: content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         names = get_unsafe_globals_in_checkpoint(path) if mapped else re.findall(r"GLOBAL (\S+)", str(e))
-        raise ValueError(f"{rel(path)} is refused: its pickle asks for {', '.join(sorted(names)) or str(e).splitlines()[0][:120]}, and only tensors and plain values "
-                         "are read; nothing was loaded. Where you trust the file, save its tensors alone: `torch.save(dict(encoder=state_dict), path)`") from None
+        raise ValueError(
+            f"{rel(path)} is refused: its pickle asks for {', '.join(sorted(names)) or str(e).splitlines()[0][:120]}, and only tensors and plain values "
+            "are read; nothing was loaded. Where you trust the file, save its tensors alone: `torch.save(dict(encoder=state_dict), path)`"
+        ) from None
     except (RuntimeError, EOFError, KeyError) as e:
-        raise ValueError(f"{rel(path)} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120]}): fetch it again") from None
-    if not isinstance(content, dict): raise ValueError(f"{rel(path)} holds a {type(content).__name__}: give a checkpoint, a dictionary of tensors")
+        raise ValueError(
+            f"{rel(path)} cannot be read ({type(e).__name__}: {str(e).splitlines()[0][:120]}): fetch it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{rel(path)} holds a {type(content).__name__}: give a checkpoint, a dictionary of tensors")
     _check_plain(content, "the content")
     return content
 
 # %% ../nbs/lib/07c_checkpoints.ipynb #8b320d74
-_RULES = [(re.compile(pattern), put) for pattern, put in (
-    (r"^encoder\.embeddings\.patch_embeddings", "patch_embed"),
-    (r"^encoder\.embeddings\.", ""),
-    (r"^encoder\.layer\.(\d+)\.attention\.(?:query|key|value)\.", r"blocks.\1.attn.qkv."),
-    (r"^encoder\.layer\.(\d+)\.attention\.", r"blocks.\1.attn."),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"^encoder\.layernorm\.", "norm."),
-    (r"^encoder\.norms_block\.", "norms_block."),
-    (r"^predictor\.embeddings\.predictor_embeddings\.", "predictor_embed."),
-    (r"^predictor\.embeddings\.mask_tokens$", "mask_tokens"),
-    (r"^predictor\.layer\.(\d+)\.attention\.(?:query|key|value)\.", r"predictor_blocks.\1.attn.qkv."),
-    (r"^predictor\.layer\.(\d+)\.attention\.", r"predictor_blocks.\1.attn."),
-    (r"^predictor\.layer\.", "predictor_blocks."),
-    (r"^predictor\.layernorm\.", "predictor_norm."),
-    (r"^predictor\.proj\.", "predictor_proj."))]
+_RULES = [
+    (re.compile(pattern), put)
+    for pattern, put in (
+        (r"^encoder\.embeddings\.patch_embeddings", "patch_embed"),
+        (r"^encoder\.embeddings\.", ""),
+        (r"^encoder\.layer\.(\d+)\.attention\.(?:query|key|value)\.", r"blocks.\1.attn.qkv."),
+        (r"^encoder\.layer\.(\d+)\.attention\.", r"blocks.\1.attn."),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^encoder\.layernorm\.", "norm."),
+        (r"^encoder\.norms_block\.", "norms_block."),
+        (r"^predictor\.embeddings\.predictor_embeddings\.", "predictor_embed."),
+        (r"^predictor\.embeddings\.mask_tokens$", "mask_tokens"),
+        (r"^predictor\.layer\.(\d+)\.attention\.(?:query|key|value)\.", r"predictor_blocks.\1.attn.qkv."),
+        (r"^predictor\.layer\.(\d+)\.attention\.", r"predictor_blocks.\1.attn."),
+        (r"^predictor\.layer\.", "predictor_blocks."),
+        (r"^predictor\.layernorm\.", "predictor_norm."),
+        (r"^predictor\.proj\.", "predictor_proj."),
+    )
+]
 _THIRDS = ("query", "key", "value")
+
 
 def meta_name(name: str, newer: bool = False) -> str:
     "Meta's name of the tensor that is called `name` in transformers, `newer` in V-JEPA 2.1; `ValueError` where Meta's layout has no place for it."
@@ -92,88 +121,128 @@ def meta_name(name: str, newer: bool = False) -> str:
         if pattern.search(name):
             found = pattern.sub(put, name)
             return re.sub(r"^norm\.", "norms_block.3.", found) if newer else found
-    raise ValueError(f"Meta's layout has no place for {name}: give a folder of encoder and predictor alone, without a classifier or adapters")
+    raise ValueError(
+        f"Meta's layout has no place for {name}: give a folder of encoder and predictor alone, without a classifier or adapters"
+    )
+
 
 def _groups(names, newer: bool) -> dict[str, list[str]]:
     "Meta's names -> the names in transformers, one, or the three thirds in their order."
     groups = {}
-    for name in names: groups.setdefault(meta_name(name, newer), []).append(name)
+    for name in names:
+        groups.setdefault(meta_name(name, newer), []).append(name)
     order = {f".{third}.": i for i, third in enumerate(_THIRDS)}
-    for found in groups.values(): found.sort(key=lambda n: next((i for part, i in order.items() if part in n), 0))
+    for found in groups.values():
+        found.sort(key=lambda n: next((i for part, i in order.items() if part in n), 0))
     return groups
+
 
 def to_meta(state: dict[str, Tensor], newer: bool = False) -> dict[str, Tensor]:
     "Tensors by transformers' names -> by Meta's."
-    found = {name: torch.cat([state[n] for n in names]) if len(names) > 1 else state[names[0]] for name, names in _groups(state, newer).items()}
+    found = {
+        name: torch.cat([state[n] for n in names]) if len(names) > 1 else state[names[0]]
+        for name, names in _groups(state, newer).items()
+    }
     masks = found.pop("mask_tokens", [])
     return found | {f"mask_tokens.{i}": mask for i, mask in enumerate(masks)}
+
 
 def from_meta(state: dict[str, Tensor], names, newer: bool = False) -> dict[str, Tensor]:
     "Tensors by Meta's names -> the tensors `names` of transformers; views of them but for the mask tokens."
     found = {}
     for name, ours in _groups(names, newer).items():
-        if name == "mask_tokens": found[ours[0]] = torch.stack([state[f"{name}.{i}"] for i in range(sum(n.startswith("mask_tokens.") for n in state))])
-        elif len(ours) > 1: found |= dict(zip(ours, state[name].chunk(len(ours))))
-        else: found[ours[0]] = state[name]
+        if name == "mask_tokens":
+            found[ours[0]] = torch.stack(
+                [state[f"{name}.{i}"] for i in range(sum(n.startswith("mask_tokens.") for n in state))]
+            )
+        elif len(ours) > 1:
+            found |= dict(zip(ours, state[name].chunk(len(ours))))
+        else:
+            found[ours[0]] = state[name]
     return found
 
 # %% ../nbs/lib/07c_checkpoints.ipynb #5516e4c2
-KEYS = ("ema_encoder", "target_encoder", "encoder")     # where encoders lie in a file, the running average first
-LEFT_OUT = {"pos_embed": "positions are rotary and computed; were this a file of V-JEPA 1, its learned positions would be lost"}
-TOLD = ("heads", "pred_heads", "size", "which")         # what a file `<checkpoint>.json` may say
+KEYS = ("ema_encoder", "target_encoder", "encoder")  # where encoders lie in a file, the running average first
+LEFT_OUT = {
+    "pos_embed": "positions are rotary and computed; were this a file of V-JEPA 1, its learned positions would be lost"
+}
+TOLD = ("heads", "pred_heads", "size", "which")  # what a file `<checkpoint>.json` may say
 _PREFIX = re.compile(r"^(?:module\.|backbone\.|_orig_mod\.)*")
 _PIXELS = (224, 256, 288, 320, 384, 448, 512)
+
 
 @dataclass
 class Checkpoint:
     "A file as it was found: the tensors of encoder and predictor by Meta's names, and the configuration they fit."
+
     path: Path
-    content: dict           # all of the file
-    key: str                # of the encoder in it; empty: the file is its tensors alone
-    prefix: dict            # of the names below the keys
-    encoder: dict           # Meta's name -> tensor
-    predictor: dict         # the same, empty where there is none to use
+    content: dict  # all of the file
+    key: str  # of the encoder in it; empty: the file is its tensors alone
+    prefix: dict  # of the names below the keys
+    encoder: dict  # Meta's name -> tensor
+    predictor: dict  # the same, empty where there is none to use
     config: VJEPA2Config
-    card: dict              # what is to be said about it
-    model: VJEPA2Model = None   # the one they fit, on the meta device
+    card: dict  # what is to be said about it
+    model: VJEPA2Model = None  # the one they fit, on the meta device
 
     @property
-    def newer(self) -> bool: return isinstance(self.config, VJEPA21Config)
+    def newer(self) -> bool:
+        return isinstance(self.config, VJEPA21Config)
 
     @property
-    def kind(self): return VJEPA21Model if self.newer else VJEPA2Model if self.predictor else VJEPA2EncoderModel
+    def kind(self):
+        return VJEPA21Model if self.newer else VJEPA2Model if self.predictor else VJEPA2EncoderModel
 
     def weights(self) -> dict:
         "The tensors by transformers' names."
         return from_meta(self.encoder | self.predictor, list(self.model.state_dict()), self.newer)
 
+
 def _told(path: Path, given: dict) -> dict:
     "What the caller says about a file, and what the file beside it does; the caller has the last word."
     beside = path.with_name(f"{path.name}.json")
     said = load(beside) if beside.is_file() else {}
-    if strange := sorted(set(said) - set(TOLD)): raise ValueError(f"{rel(beside)} says {strange}: choose from {TOLD}")
+    if strange := sorted(set(said) - set(TOLD)):
+        raise ValueError(f"{rel(beside)} says {strange}: choose from {TOLD}")
     return said | {k: v for k, v in given.items() if v is not None}
+
 
 def _tensors(content, path, key) -> tuple[str, dict]:
     "Prefix and tensors, without it, of the dictionary `key` of a file."
     state = content[key] if key else content
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(v, Tensor) and isinstance(k, str) for k, v in state.items())
+    ):
         raise ValueError(f"{rel(path)}: {key!r} holds no tensors by name; it has {_there(content)}")
     prefixes = {_PREFIX.match(name)[0]: name for name in state}
-    if len(prefixes) > 1: raise ValueError(f"{rel(path)}: names of {key!r} begin in several ways ({', '.join(sorted(prefixes.values()))}): which of them are the encoder is not clear")
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"{rel(path)}: names of {key!r} begin in several ways ({', '.join(sorted(prefixes.values()))}): which of them are the encoder is not clear"
+        )
     [prefix] = prefixes
     return prefix, {name.removeprefix(prefix): v for name, v in state.items()}
 
-def _there(content) -> str: return ", ".join(f"{k!r} ({len(v)} names)" if isinstance(v, dict) else repr(k) for k, v in list(content.items())[:12]) or "nothing"
+
+def _there(content) -> str:
+    return (
+        ", ".join(f"{k!r} ({len(v)} names)" if isinstance(v, dict) else repr(k) for k, v in list(content.items())[:12])
+        or "nothing"
+    )
+
 
 def _chosen(content, path, which) -> str:
     "The key of the encoder to read."
     if which is not None:
-        if which not in content: raise ValueError(f"{rel(path)} has no {which!r}: choose from {_there(content)}")
+        if which not in content:
+            raise ValueError(f"{rel(path)} has no {which!r}: choose from {_there(content)}")
         return which
-    if all(isinstance(v, Tensor) for v in content.values()): return ""
+    if all(isinstance(v, Tensor) for v in content.values()):
+        return ""
     for key in KEYS:
-        if isinstance(content.get(key), dict): return key
+        if isinstance(content.get(key), dict):
+            return key
     raise ValueError(f"{rel(path)} has no encoder under {KEYS}: it has {_there(content)}; say which by `which`")
 
 # %% ../nbs/lib/07c_checkpoints.ipynb #e2fccf3e
@@ -181,76 +250,145 @@ def _ratio(width: int, hidden: int) -> float:
     "A ratio that transformers' `int(width * ratio)` takes back to `hidden`."
     return next(r for r in (hidden / width, math.nextafter(hidden / width, math.inf)) if int(width * r) == hidden)
 
+
 def _heads(told, width: int, depth: int, name: str, path) -> tuple[int, str]:
     "Heads of an encoder and where the number is from; `ValueError` where it is a guess or does not divide the width."
     sizes = {s["hidden_size"]: s for s in SIZES.values()}
     fitting = [n for n in range(1, width // 6 + 1) if width % n == 0]
-    ask = f"say {name}: an argument, or a file {path.name}.json beside it that holds {{\"{name}\": n}}, n of {fitting}"
+    ask = f'say {name}: an argument, or a file {path.name}.json beside it that holds {{"{name}": n}}, n of {fitting}'
     if told is not None:
-        if told not in fitting: raise ValueError(f"{rel(path)}: {told} heads do not divide its width of {width} into heads of six dimensions or more; {ask}")
+        if told not in fitting:
+            raise ValueError(
+                f"{rel(path)}: {told} heads do not divide its width of {width} into heads of six dimensions or more; {ask}"
+            )
         return told, "as said"
-    if width not in sizes: raise ValueError(f"{rel(path)}: no tensor tells how many heads it has, and a width of {width} is of no released size ({sorted(sizes)}); {ask}")
+    if width not in sizes:
+        raise ValueError(
+            f"{rel(path)}: no tensor tells how many heads it has, and a width of {width} is of no released size ({sorted(sizes)}); {ask}"
+        )
     if depth != sizes[width]["num_hidden_layers"]:
-        raise ValueError(f"{rel(path)} has {depth} blocks, and the released encoder of width {width} has {sizes[width]['num_hidden_layers']}: blocks are missing or left over; "
-                         f"where it is an encoder of your own, {ask}")
+        raise ValueError(
+            f"{rel(path)} has {depth} blocks, and the released encoder of width {width} has {sizes[width]['num_hidden_layers']}: blocks are missing or left over; "
+            f"where it is an encoder of your own, {ask}"
+        )
     return sizes[width]["num_attention_heads"], "by the width of a released size"
+
 
 def _pixels(told, path, newer, patch) -> tuple[int, str]:
     "Pixels a side, and where the number is from."
     named = {int(n) for n in re.findall(r"(?:^|(?<=[-_.]))(\d+)(?:px)?(?=[-_.]|$)", path.name)} & set(_PIXELS)
-    size, source = (told, "as said") if told is not None else (named.pop(), "from the file's name") if len(named) == 1 else (384 if newer else 256, "of the released V-JEPA 2.1" if newer else "of most of the released V-JEPA 2")
-    if not isinstance(size, int) or size < patch or size % patch: raise ValueError(f"frames of {size} pixels do not fill patches of {patch}: choose a multiple")
+    size, source = (
+        (told, "as said")
+        if told is not None
+        else (named.pop(), "from the file's name")
+        if len(named) == 1
+        else (384 if newer else 256, "of the released V-JEPA 2.1" if newer else "of most of the released V-JEPA 2")
+    )
+    if not isinstance(size, int) or size < patch or size % patch:
+        raise ValueError(f"frames of {size} pixels do not fill patches of {patch}: choose a multiple")
     return size, source
 
-def _blocks(state, prefix) -> int: return 1 + max((int(m[1]) for m in (re.match(rf"{prefix}blocks\.(\d+)\.", n) for n in state) if m), default=-1)
+
+def _blocks(state, prefix) -> int:
+    return 1 + max((int(m[1]) for m in (re.match(rf"{prefix}blocks\.(\d+)\.", n) for n in state) if m), default=-1)
+
 
 def _hidden(state, prefix, path) -> int:
     found = next((v for n, v in state.items() if re.fullmatch(rf"{prefix}blocks\.\d+\.mlp\.fc1\.weight", n)), None)
-    if found is None: raise ValueError(f"{rel(path)} has no {prefix}blocks.0.mlp.fc1.weight: it is no ViT of V-JEPA 2, or tensors are missing")
+    if found is None:
+        raise ValueError(
+            f"{rel(path)} has no {prefix}blocks.0.mlp.fc1.weight: it is no ViT of V-JEPA 2, or tensors are missing"
+        )
     return found.shape[0]
+
 
 def _configured(state, path, told) -> tuple[dict, dict]:
     "Sizes of the encoder whose tensors are `state`, and lines for its card."
     first = state.get("patch_embed.proj.weight")
     if first is None or first.ndim != 5 or first.shape[-1] != first.shape[-2]:
-        raise ValueError(f"{rel(path)} is no encoder of V-JEPA 2: patch_embed.proj.weight is {'missing' if first is None else f'of shape {list(first.shape)}'}, "
-                         f"and should be (width, 3, 2, 16, 16); its names begin {', '.join(sorted(state)[:3])}")
+        raise ValueError(
+            f"{rel(path)} is no encoder of V-JEPA 2: patch_embed.proj.weight is {'missing' if first is None else f'of shape {list(first.shape)}'}, "
+            f"and should be (width, 3, 2, 16, 16); its names begin {', '.join(sorted(state)[:3])}"
+        )
     newer = any(n.startswith(("norms_block.", "patch_embed_img.")) for n in state)
     (width, channels, tubelet, patch, _), depth = first.shape, _blocks(state, "")
     heads, heads_from = _heads(told.get("heads"), width, depth, "heads", path)
     size, size_from = _pixels(told.get("size"), path, newer, patch)
-    sizes = dict(hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, mlp_ratio=_ratio(width, _hidden(state, "", path)), in_chans=channels,
-                 tubelet_size=tubelet, patch_size=patch, crop_size=size)
-    return sizes, dict(format=f"V-JEPA {'2.1' if newer else '2'}", heads=heads, heads_from=heads_from, size=size, size_from=size_from)
+    sizes = dict(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        mlp_ratio=_ratio(width, _hidden(state, "", path)),
+        in_chans=channels,
+        tubelet_size=tubelet,
+        patch_size=patch,
+        crop_size=size,
+    )
+    return sizes, dict(
+        format=f"V-JEPA {'2.1' if newer else '2'}", heads=heads, heads_from=heads_from, size=size, size_from=size_from
+    )
+
 
 def _predictor(content, path, told, newer) -> tuple[str, dict, dict, str]:
     "Prefix, tensors and sizes of V-JEPA 2's predictor, or why it is left out."
-    if newer: return "", {}, {}, "the predictor of V-JEPA 2.1 is no part of this library"
+    if newer:
+        return "", {}, {}, "the predictor of V-JEPA 2.1 is no part of this library"
     prefix, state = _tensors(content, path, "predictor")
     embed = state.get("predictor_embed.weight")
     width = None if embed is None else embed.shape[0]
-    if width != 384 and told.get("pred_heads") is None: return "", {}, {}, f"its width is {width}, not the released 384, so that its heads are not known: say pred_heads to read it"
+    if width != 384 and told.get("pred_heads") is None:
+        return (
+            "",
+            {},
+            {},
+            f"its width is {width}, not the released 384, so that its heads are not known: say pred_heads to read it",
+        )
     heads = 12 if told.get("pred_heads") is None else told["pred_heads"]
     heads, _ = _heads(heads, width, 0, "pred_heads", path)
-    return prefix, state, dict(pred_hidden_size=width, pred_num_hidden_layers=_blocks(state, "predictor_"), pred_num_attention_heads=heads,
-                               pred_mlp_ratio=_ratio(width, _hidden(state, "predictor_", path)), pred_num_mask_tokens=sum(n.startswith("mask_tokens.") for n in state)), ""
+    return (
+        prefix,
+        state,
+        dict(
+            pred_hidden_size=width,
+            pred_num_hidden_layers=_blocks(state, "predictor_"),
+            pred_num_attention_heads=heads,
+            pred_mlp_ratio=_ratio(width, _hidden(state, "predictor_", path)),
+            pred_num_mask_tokens=sum(n.startswith("mask_tokens.") for n in state),
+        ),
+        "",
+    )
+
 
 def _account(found: Checkpoint):
     "`ValueError` unless exactly the tensors of the model are there, in their shapes; those of `LEFT_OUT` are taken out."
-    with torch.device("meta"): found.model = found.kind(found.config)
+    with torch.device("meta"):
+        found.model = found.kind(found.config)
     wanted = {n: tuple(t.shape) for n, t in to_meta(found.model.state_dict(), found.newer).items()}
     prefix = {n: found.prefix["predictor" if n.startswith(("predictor_", "mask_tokens.")) else ""] for n in wanted}
     for part in (found.encoder, found.predictor):
         for name in [n for n in part if n.removeprefix("predictor_") in LEFT_OUT]:
             found.card["left_out"][name], _ = LEFT_OUT[name.removeprefix("predictor_")], part.pop(name)
     there = found.encoder | found.predictor
-    wrong = {"missing": [prefix[n] + n for n in wanted if n not in there], "left over": [n for n in there if n not in wanted],
-             "of another shape": [f"{prefix[n]}{n} {list(there[n].shape)} for {list(s)}" for n, s in wanted.items() if n in there and tuple(there[n].shape) != s]}
+    wrong = {
+        "missing": [prefix[n] + n for n in wanted if n not in there],
+        "left over": [n for n in there if n not in wanted],
+        "of another shape": [
+            f"{prefix[n]}{n} {list(there[n].shape)} for {list(s)}"
+            for n, s in wanted.items()
+            if n in there and tuple(there[n].shape) != s
+        ],
+    }
     said = "; ".join(f"{len(names)} {how}: {', '.join(names[:4])}" for how, names in wrong.items() if names)
-    if said: raise ValueError(f"{rel(found.path)} does not hold the {found.card['format']} of {found.config.num_hidden_layers} blocks that its names tell of ({said}): "
-                              "nothing is filled in or dropped; fetch the file again, or choose another part of it by `which`")
+    if said:
+        raise ValueError(
+            f"{rel(found.path)} does not hold the {found.card['format']} of {found.config.num_hidden_layers} blocks that its names tell of ({said}): "
+            "nothing is filled in or dropped; fetch the file again, or choose another part of it by `which`"
+        )
 
-def read_checkpoint(path, heads: int = None, pred_heads: int = None, size: int = None, which: str = None, **changes) -> Checkpoint:
+
+def read_checkpoint(
+    path, heads: int = None, pred_heads: int = None, size: int = None, which: str = None, **changes
+) -> Checkpoint:
     """The encoder of a `.pt` file of V-JEPA 2 or 2.1, and its configuration; `changes` are of that. Nothing is computed and next to nothing read.
 
     Raises `ValueError` that names each missing, left-over or misshapen tensor, heads that no one told or that do not divide the width, and what is no checkpoint."""
@@ -263,16 +401,32 @@ def read_checkpoint(path, heads: int = None, pred_heads: int = None, size: int =
     if key and isinstance(content.get("predictor"), dict):
         ahead, predictor, more, why = _predictor(content, path, told, newer)
         sizes |= more
-    if not predictor: sizes["pred_num_hidden_layers"] = 0
+    if not predictor:
+        sizes["pred_num_hidden_layers"] = 0
     config = (VJEPA21Config if newer else VJEPA2Config)(**sizes | changes)
-    others = {k: f"not read, {key!r} is" for k in content if key and k not in (key, "predictor") and isinstance(content[k], (dict, list, tuple, Tensor))}
-    card = dict(file=path.name, key=key) | card | dict(left_out=others | ({"predictor": why} if why else {}),
-                values={k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in content.items() if isinstance(v, (bool, int, float, str))})
+    others = {
+        k: f"not read, {key!r} is"
+        for k in content
+        if key and k not in (key, "predictor") and isinstance(content[k], (dict, list, tuple, Tensor))
+    }
+    card = (
+        dict(file=path.name, key=key)
+        | card
+        | dict(
+            left_out=others | ({"predictor": why} if why else {}),
+            values={
+                k: repr(v) if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in content.items()
+                if isinstance(v, (bool, int, float, str))
+            },
+        )
+    )
     found = Checkpoint(path, content, key, {"": prefix, "predictor": ahead}, encoder, predictor, config, card)
     _account(found)
     card |= dict(tensors=len(encoder), parameters=sum(t.numel() for t in encoder.values()))
     config.architectures = [found.kind.__name__]
     return found
+
 
 def load_checkpoint(path, **told) -> VJEPA2Model:
     "The model of a `.pt` file in fp32 and evaluation mode, its weights mapped from the file; `told` as in `read_checkpoint`, whose card is its `card`."
@@ -287,20 +441,34 @@ def _sketch(value, path: str, rest: dict):
     if isinstance(value, Tensor):
         rest[path] = value
         return dict(tensor=path)
-    if isinstance(value, dict): return {"ordered" if isinstance(value, OrderedDict) else "dict": [[k, _sketch(v, f"{path}/{k}", rest)] for k, v in value.items()]}
-    if isinstance(value, (list, tuple)): return {type(value).__name__: [_sketch(v, f"{path}/{i}", rest) for i, v in enumerate(value)]}
+    if isinstance(value, dict):
+        return {
+            "ordered" if isinstance(value, OrderedDict) else "dict": [
+                [k, _sketch(v, f"{path}/{k}", rest)] for k, v in value.items()
+            ]
+        }
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_sketch(v, f"{path}/{i}", rest) for i, v in enumerate(value)]}
     return dict(float=repr(value)) if isinstance(value, float) and not math.isfinite(value) else value
+
 
 def _restored(node, tensors: dict):
     "What `_sketch` was given."
-    if not isinstance(node, dict): return node
+    if not isinstance(node, dict):
+        return node
     [(kind, value)] = node.items()
     if kind == "tensor":
-        if value not in tensors: raise ValueError(f"the folder's checkpoint.json tells of a tensor {value!r} that is not there: convert the file again")
+        if value not in tensors:
+            raise ValueError(
+                f"the folder's checkpoint.json tells of a tensor {value!r} that is not there: convert the file again"
+            )
         return tensors[value]
-    if kind == "float": return float(value)
-    if kind in ("dict", "ordered"): return (OrderedDict if kind == "ordered" else dict)((k, _restored(v, tensors)) for k, v in value)
+    if kind == "float":
+        return float(value)
+    if kind in ("dict", "ordered"):
+        return (OrderedDict if kind == "ordered" else dict)((k, _restored(v, tensors)) for k, v in value)
     return (tuple if kind == "tuple" else list)(_restored(v, tensors) for v in value)
+
 
 def _apart(tensors: dict) -> dict:
     "Tensors as safetensors takes them: contiguous, none twice in memory."
@@ -311,54 +479,78 @@ def _apart(tensors: dict) -> dict:
         seen.add(found[name].data_ptr())
     return found
 
+
 def to_folder(file, folder, encoder_only: bool = False, **told) -> dict:
     "Write the transformers folder of a `.pt` file; returns its card. With `encoder_only` what is not in the model is not kept, and the way back gives the model alone."
     found, folder = read_checkpoint(file, **told), Path(folder)
-    if folder.exists(): raise FileExistsError(f"{rel(folder)} is there already: choose another folder, or delete it")
+    if folder.exists():
+        raise FileExistsError(f"{rel(folder)} is there already: choose another folder, or delete it")
     state, rest, model = found.weights(), {}, {}
     whole = {found.key: found.content[found.key]} if found.key and encoder_only else found.content
-    if encoder_only and found.predictor: whole["predictor"] = found.content["predictor"]
+    if encoder_only and found.predictor:
+        whole["predictor"] = found.content["predictor"]
     sketch = _sketch(whole, "", rest)
     for key, part, names in ((found.key, "", found.encoder), ("predictor", "predictor", found.predictor)):
-        for name in names:                                        # what the model holds is not kept twice
+        for name in names:  # what the model holds is not kept twice
             model[f"/{key}/{found.prefix[part]}{name}" if key else f"/{found.prefix[part]}{name}"] = None
     rest = {path: t for path, t in rest.items() if path not in model}
-    if encoder_only: found.card["left_out"] |= {"everything but the model": "as asked (encoder_only)"}
+    if encoder_only:
+        found.card["left_out"] |= {"everything but the model": "as asked (encoder_only)"}
     found.config.dtype = next(iter(state.values())).dtype
     tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         found.config.save_pretrained(tmp)
-        save_file(_apart(state), tmp/"model.safetensors", dict(format="pt"))
-        if rest: save_file(_apart(rest), tmp/"rest.safetensors", dict(format="pt"))
-        save(tmp/"checkpoint.json", dict(card=found.card | dict(prefix=found.prefix), content=sketch))
+        save_file(_apart(state), tmp / "model.safetensors", dict(format="pt"))
+        if rest:
+            save_file(_apart(rest), tmp / "rest.safetensors", dict(format="pt"))
+        save(tmp / "checkpoint.json", dict(card=found.card | dict(prefix=found.prefix), content=sketch))
         os.replace(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return found.card
+
 
 def to_file(folder, file) -> dict:
     "Write the `.pt` file of a transformers folder, by its `checkpoint.json` where it has one, else the model alone as `encoder` and `predictor`; returns what it holds."
     folder, file = Path(folder), Path(file)
-    if file.exists(): raise FileExistsError(f"{rel(file)} is there already: choose another name, or delete it")
-    if not is_checkpoint(file): raise ValueError(f"{file.name} is no name of a checkpoint: choose one that ends in {', '.join(SUFFIXES)}")
+    if file.exists():
+        raise FileExistsError(f"{rel(file)} is there already: choose another name, or delete it")
+    if not is_checkpoint(file):
+        raise ValueError(f"{file.name} is no name of a checkpoint: choose one that ends in {', '.join(SUFFIXES)}")
     parts = sorted(folder.glob("model*.safetensors"))
-    if not parts: raise FileNotFoundError(f"{rel(folder)} has no model.safetensors: give a folder that `save_pretrained` or cvslab-convert wrote")
+    if not parts:
+        raise FileNotFoundError(
+            f"{rel(folder)} has no model.safetensors: give a folder that `save_pretrained` or cvslab-convert wrote"
+        )
     state = {name: t for part in parts for name, t in load_file(part).items()}
-    state = to_meta({n.removeprefix("vjepa2."): t for n, t in state.items()}, AutoConfig.from_pretrained(folder).model_type == VJEPA21Config.model_type)
+    state = to_meta(
+        {n.removeprefix("vjepa2."): t for n, t in state.items()},
+        AutoConfig.from_pretrained(folder).model_type == VJEPA21Config.model_type,
+    )
     predictor = {n: state.pop(n) for n in [n for n in state if n.startswith(("predictor_", "mask_tokens."))]}
-    note = folder/"checkpoint.json"
+    note = folder / "checkpoint.json"
     if note.is_file():
         said = load(note)
         key, prefix = said["card"]["key"], said["card"]["prefix"]
-        paths = {(f"/{key}" if key else "") + f"/{prefix['']}{n}": t for n, t in state.items()} | {f"/predictor/{prefix['predictor']}{n}": t for n, t in predictor.items()}
-        beside = load_file(folder/"rest.safetensors") if (folder/"rest.safetensors").is_file() else {}
+        paths = {(f"/{key}" if key else "") + f"/{prefix['']}{n}": t for n, t in state.items()} | {
+            f"/predictor/{prefix['predictor']}{n}": t for n, t in predictor.items()
+        }
+        beside = load_file(folder / "rest.safetensors") if (folder / "rest.safetensors").is_file() else {}
         content = _restored(said["content"], paths | beside)
-    else: content = {k: {f"module.backbone.{n}": t for n, t in tensors.items()} for k, tensors in (("encoder", state), ("predictor", predictor)) if tensors}
+    else:
+        content = {
+            k: {f"module.backbone.{n}": t for n, t in tensors.items()}
+            for k, tensors in (("encoder", state), ("predictor", predictor))
+            if tensors
+        }
     tmp = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
     try:
         torch.save(content, tmp)
         os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        tmp.unlink(missing_ok=True)
     return {k: f"{len(v)} tensors" if isinstance(v, dict) else v for k, v in content.items()}
+
 
 def main(argv=None) -> int:
     "`cvslab-convert`: a .pt file of V-JEPA 2 or 2.1 -> a transformers folder, or a folder -> a .pt file; bit for bit, either way. Exit code 2 where nothing was written."
@@ -366,17 +558,31 @@ def main(argv=None) -> int:
     ask.add_argument("source", type=Path, help="a .pt file, or a transformers folder")
     ask.add_argument("target", type=Path, help="the folder, or the .pt file, to write")
     ask.add_argument("--heads", type=int, help="attention heads, where the width is of no released size")
-    ask.add_argument("--pred-heads", type=int, help="heads of the predictor, where its width is not 384; without, such a predictor is kept beside the model")
-    ask.add_argument("--size", type=int, help="pixels a side of the frames; else from the file's name, else 256 (V-JEPA 2) or 384 (2.1)")
+    ask.add_argument(
+        "--pred-heads",
+        type=int,
+        help="heads of the predictor, where its width is not 384; without, such a predictor is kept beside the model",
+    )
+    ask.add_argument(
+        "--size",
+        type=int,
+        help="pixels a side of the frames; else from the file's name, else 256 (V-JEPA 2) or 384 (2.1)",
+    )
     ask.add_argument("--which", help=f"the part of the file to read; else the first there of {', '.join(KEYS)}")
-    ask.add_argument("--encoder-only", action="store_true", help="leave out what the model does not hold (other encoders, optimizer); the way back gives the model alone")
+    ask.add_argument(
+        "--encoder-only",
+        action="store_true",
+        help="leave out what the model does not hold (other encoders, optimizer); the way back gives the model alone",
+    )
     args = ask.parse_args(argv)
     told = dict(heads=args.heads, pred_heads=args.pred_heads, size=args.size, which=args.which)
     try:
         if args.source.is_dir():
-            if args.encoder_only or any(v is not None for v in told.values()): raise ValueError(f"{args.source} is a folder, which tells all by itself: leave the options out")
+            if args.encoder_only or any(v is not None for v in told.values()):
+                raise ValueError(f"{args.source} is a folder, which tells all by itself: leave the options out")
             card = to_file(args.source, args.target)
-        else: card = to_folder(args.source, args.target, args.encoder_only, **told)
+        else:
+            card = to_folder(args.source, args.target, args.encoder_only, **told)
     except (OSError, ValueError) as e:
         print(e, file=sys.stderr)
         return 2

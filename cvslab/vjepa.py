@@ -18,8 +18,13 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, VJEPA2Config, VJEPA2Model, initialization
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.vjepa2.modeling_vjepa2 import (VJEPA2Embeddings, VJEPA2Encoder, VJEPA2PatchEmbeddings3D,
-                                                        VJEPA2PreTrainedModel, VJEPA2RopeAttention)
+from transformers.models.vjepa2.modeling_vjepa2 import (
+    VJEPA2Embeddings,
+    VJEPA2Encoder,
+    VJEPA2PatchEmbeddings3D,
+    VJEPA2PreTrainedModel,
+    VJEPA2RopeAttention,
+)
 
 from .attention import Grid, grid_of, positions
 
@@ -34,10 +39,12 @@ def _angles(places: Tensor, width: int, rest: int, corrected: bool, dtype: torch
         angles.append(turn.repeat_interleave(2, 1) if corrected else turn.repeat(1, 2))
     return torch.cat([*angles, places.new_zeros(len(places), rest, dtype=dtype)], 1)
 
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     "Neighbours (2j, 2j+1) of `x` (..., N, D) turned by the angles whose cosine and sine (N, D) are given."
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return x*cos + torch.stack((-odd, even), -1).flatten(-2)*sin
+    return x * cos + torch.stack((-odd, even), -1).flatten(-2) * sin
+
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
@@ -52,8 +59,10 @@ def _tables(grid: Grid, shift: float, reference: int, widths: tuple[int, int], d
     angles = _angles(places, *widths, bool(reference), torch.float64 if reference else dtype)
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
-@torch.compiler.assume_constant_result      # torch.compile takes the tables as they are
-def _rotary(*shape): return _tables(*shape)
+
+@torch.compiler.assume_constant_result  # torch.compile takes the tables as they are
+def _rotary(*shape):
+    return _tables(*shape)
 
 # %% ../nbs/lib/07b_vjepa.ipynb #9851e014
 class RotaryAttention(VJEPA2RopeAttention):
@@ -61,34 +70,44 @@ class RotaryAttention(VJEPA2RopeAttention):
 
     Tables are made once, not in every layer and call, and applied to all axes in one pass: the bits of transformers. `grid` is that of the
     last pass; `shift` moves all positions."""
+
     grid: Grid = None
     shift: float = 0.0
-    reference = 0            # rows and columns of the grid that positions are measured in; 0: the frames' own
+    reference = 0  # rows and columns of the grid that positions are measured in; 0: the frames' own
 
     def get_position_ids(self, x, masks=None):
-        if isinstance(masks, Tensor): return super().get_position_ids(x, masks)
+        if isinstance(masks, Tensor):
+            return super().get_position_ids(x, masks)
         self.grid = masks
-        if masks is None: self.grid = grid_of(self, x.shape[1])
+        if masks is None:
+            self.grid = grid_of(self, x.shape[1])
         return self.grid
 
     def apply_rotary_embeddings(self, qk, positions):
-        if isinstance(positions[0], Tensor): return super().apply_rotary_embeddings(qk, positions)
+        if isinstance(positions[0], Tensor):
+            return super().apply_rotary_embeddings(qk, positions)
         return rotate(qk, *_rotary(positions, self.shift, 0, self._widths, qk.dtype, qk.device))
 
     @property
-    def _widths(self) -> tuple[int, int]: return self.d_dim, self.attention_head_size - 3*self.d_dim
+    def _widths(self) -> tuple[int, int]:
+        return self.d_dim, self.attention_head_size - 3 * self.d_dim
+
 
 class ScaledRotaryAttention(RotaryAttention):
     "V-JEPA 2.1's attention: both neighbours turn alike, rows and columns are measured in the reference grid; in float32 at least."
+
     @property
-    def reference(self) -> int: return self.config.reference_grid
+    def reference(self) -> int:
+        return self.config.reference_grid
 
     def apply_rotary_embeddings(self, qk, positions):
         dtype = torch.promote_types(qk.dtype, torch.float32)
         if not isinstance(positions[0], Tensor):
-            return rotate(qk.to(dtype), *_rotary(positions, self.shift, self.reference, self._widths, dtype, qk.device)).to(qk.dtype)
+            return rotate(
+                qk.to(dtype), *_rotary(positions, self.shift, self.reference, self._widths, dtype, qk.device)
+            ).to(qk.dtype)
         scale = (self.reference - 1) / max(1, self.grid_size - 1)
-        places = torch.stack([positions[0], positions[1]*scale, positions[2]*scale], -1).double()
+        places = torch.stack([positions[0], positions[1] * scale, positions[2] * scale], -1).double()
         angles = _angles(places.flatten(0, -2), *self._widths, True, torch.float64).unflatten(0, places.shape[:-1])
         return rotate(qk.to(dtype), angles.cos().to(dtype), angles.sin().to(dtype)).to(qk.dtype)
 
@@ -97,26 +116,35 @@ def frame_grid(pixels: Tensor, config: VJEPA2Config) -> Grid:
     "Bins, rows and columns of the tokens of clips (B, T, 3, H, W); `ValueError` where pixels would be left over. Frames that fill no bin are: 3 give 1 bin."
     frames, height, width, patch = pixels.shape[1], *pixels.shape[-2:], config.patch_size
     if height % patch or width % patch:
-        raise ValueError(f"frames of {height} x {width} pixels do not fill patches of {patch}: choose multiples of {patch}")
+        raise ValueError(
+            f"frames of {height} x {width} pixels do not fill patches of {patch}: choose multiples of {patch}"
+        )
     return max(1, frames // config.tubelet_size), height // patch, width // patch
+
 
 class GridEncoder(VJEPA2Encoder):
     "V-JEPA 2's encoder, its positions laid on the rows and columns that the frames have."
+
     def forward(self, pixel_values_videos, **kwargs) -> BaseModelOutput:
         grid, hidden = frame_grid(pixel_values_videos, self.config), self.embeddings(pixel_values_videos)
         for layer in self.layer:
             hidden = layer(hidden, grid, **kwargs)[0]
         return BaseModelOutput(last_hidden_state=self.layernorm(hidden))
 
+
 def cache_rotary(model: VJEPA2Model) -> VJEPA2Model:
     "Give every attention of `model` its rotary positions from tables, and its encoder the grid of the frames; the same model, returned."
     for module in model.modules():
-        if type(module) is VJEPA2RopeAttention: module.__class__ = RotaryAttention
-        if type(module) is VJEPA2Encoder: module.__class__ = GridEncoder
+        if type(module) is VJEPA2RopeAttention:
+            module.__class__ = RotaryAttention
+        if type(module) is VJEPA2Encoder:
+            module.__class__ = GridEncoder
     return model
+
 
 class VJEPA2EncoderModel(VJEPA2Model):
     "A `VJEPA2Model` without a predictor, for weights that come without one; in its folder no tensor is missing."
+
     predictor = None
 
     def __init__(self, config):
@@ -124,26 +152,36 @@ class VJEPA2EncoderModel(VJEPA2Model):
         self.encoder = self._encoder(config)
         self.post_init()
 
-    def _encoder(self, config): return cache_rotary(VJEPA2Encoder(config))
+    def _encoder(self, config):
+        return cache_rotary(VJEPA2Encoder(config))
 
     def forward(self, pixel_values_videos, skip_predictor: bool = True, **kwargs):
         "As `VJEPA2Model` with `skip_predictor`: `last_hidden_state` (B, N, D)."
-        if not skip_predictor: raise ValueError(f"this {type(self).__name__} has no predictor: leave skip_predictor as it is")
+        if not skip_predictor:
+            raise ValueError(f"this {type(self).__name__} has no predictor: leave skip_predictor as it is")
         return super().forward(pixel_values_videos, skip_predictor=True, **kwargs)
 
 # %% ../nbs/lib/07b_vjepa.ipynb #3b961142
-SIZES = dict(   # the released sizes; H is of V-JEPA 2 alone, B and G of V-JEPA 2.1 alone
+SIZES = dict(  # the released sizes; H is of V-JEPA 2 alone, B and G of V-JEPA 2.1 alone
     B=dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
     L=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
     H=dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16),
-    g=dict(hidden_size=1408, num_hidden_layers=40, num_attention_heads=22, mlp_ratio=48/11),
-    G=dict(hidden_size=1664, num_hidden_layers=48, num_attention_heads=26, mlp_ratio=64/13))
+    g=dict(hidden_size=1408, num_hidden_layers=40, num_attention_heads=22, mlp_ratio=48 / 11),
+    G=dict(hidden_size=1664, num_hidden_layers=48, num_attention_heads=26, mlp_ratio=64 / 13),
+)
 
-LEVELS = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 40: (9, 19, 29, 39), 48: (11, 23, 37, 47)}   # depth -> layers that training supervises, from 0
+LEVELS = {
+    12: (2, 5, 8, 11),
+    24: (5, 11, 17, 23),
+    40: (9, 19, 29, 39),
+    48: (11, 23, 37, 47),
+}  # depth -> layers that training supervises, from 0
+
 
 @strict
 class VJEPA21Config(VJEPA2Config):
     "Configuration of a `VJEPA21Model`; `hierarchical_layers` are four layers, the last one among them, by `LEVELS` where nothing is given."
+
     model_type = "vjepa2_1"
 
     crop_size: int = 384
@@ -156,22 +194,29 @@ class VJEPA21Config(VJEPA2Config):
         depth = self.num_hidden_layers
         if self.hierarchical_layers is None:
             if depth not in LEVELS:
-                raise ValueError(f"no V-JEPA 2.1 of {depth} layers is known: choose from {sorted(LEVELS)}, or give hierarchical_layers, four with {depth - 1} as the last")
+                raise ValueError(
+                    f"no V-JEPA 2.1 of {depth} layers is known: choose from {sorted(LEVELS)}, or give hierarchical_layers, four with {depth - 1} as the last"
+                )
             self.hierarchical_layers = LEVELS[depth]
         self.hierarchical_layers = [int(i) for i in self.hierarchical_layers]
         levels = self.hierarchical_layers
         if len(levels) != 4 or levels != sorted({*levels}) or levels[0] < 0 or levels[-1] != depth - 1:
-            raise ValueError(f"hierarchical_layers {levels}: give four ascending layers of 0..{depth - 1}, with {depth - 1} as the last")
+            raise ValueError(
+                f"hierarchical_layers {levels}: give four ascending layers of 0..{depth - 1}, with {depth - 1} as the last"
+            )
 
 # %% ../nbs/lib/07b_vjepa.ipynb #968ede43
 class VJEPA21Embeddings(VJEPA2Embeddings):
     "Tokens (B, N, D) of clips, or of single images where there is one frame, each with the embedding of its kind."
+
     def __init__(self, config: VJEPA21Config):
         super().__init__(config, hidden_size=config.hidden_size)
         image = copy.copy(config)
         image.tubelet_size = 1
         self.patch_embeddings_img = VJEPA2PatchEmbeddings3D(image, hidden_size=config.hidden_size)
-        self.img_mod_embed, self.video_mod_embed = (nn.Parameter(torch.zeros(1, 1, config.hidden_size)) for _ in range(2))
+        self.img_mod_embed, self.video_mod_embed = (
+            nn.Parameter(torch.zeros(1, 1, config.hidden_size)) for _ in range(2)
+        )
 
     def forward(self, pixel_values_videos):
         single = pixel_values_videos.shape[1] == 1
@@ -179,13 +224,16 @@ class VJEPA21Embeddings(VJEPA2Embeddings):
         pixels = pixel_values_videos.transpose(1, 2).to(patches.proj.weight.dtype)
         return patches(pixels) + (self.img_mod_embed if single else self.video_mod_embed)
 
+
 class VJEPA21Encoder(GridEncoder):
     "Layers of V-JEPA 2 with corrected rotary positions, and a norm for each of the four levels; that of the last one is `layernorm`."
+
     def __init__(self, config: VJEPA21Config):
         super().__init__(config)
         self.embeddings = VJEPA21Embeddings(config)
         self.norms_block = nn.ModuleList(nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(3))
-        for layer in self.layer: layer.attention.__class__ = ScaledRotaryAttention
+        for layer in self.layer:
+            layer.attention.__class__ = ScaledRotaryAttention
 
     def norm_of(self, layer: int) -> nn.Module:
         "The norm of the tokens after `layer`: its own where training supervises it, else the last."
@@ -194,13 +242,20 @@ class VJEPA21Encoder(GridEncoder):
 
     def forward(self, pixel_values_videos, hierarchical: bool = False, **kwargs) -> BaseModelOutput:
         "`last_hidden_state` (B, N, D), or the tokens of the four levels side by side, (B, N, 4 D)."
-        grid, hidden, levels = frame_grid(pixel_values_videos, self.config), self.embeddings(pixel_values_videos), self.config.hierarchical_layers
+        grid, hidden, levels = (
+            frame_grid(pixel_values_videos, self.config),
+            self.embeddings(pixel_values_videos),
+            self.config.hierarchical_layers,
+        )
         if hierarchical and levels[-1] != len(self.layer) - 1:
-            raise ValueError(f"hierarchical tokens need the layers {levels}, and {len(self.layer)} layers were kept: load the whole depth")
+            raise ValueError(
+                f"hierarchical tokens need the layers {levels}, and {len(self.layer)} layers were kept: load the whole depth"
+            )
         found = []
         for i, layer in enumerate(self.layer):
             hidden = layer(hidden, grid, **kwargs)[0]
-            if hierarchical and i in levels[:3]: found.append(self.norm_of(i)(hidden))
+            if hierarchical and i in levels[:3]:
+                found.append(self.norm_of(i)(hidden))
         return BaseModelOutput(last_hidden_state=torch.cat([*found, self.layernorm(hidden)], -1))
 
 # %% ../nbs/lib/07b_vjepa.ipynb #31d7c78e
@@ -209,9 +264,11 @@ class VJEPA21Model(VJEPA2EncoderModel):
 
     Any rows and columns of whole patches. The last of an odd number of frames (3, 5, ...) is not read, as in Meta's code.
     transformers' modules by transformers' names; saved and loaded by `save_pretrained` and `from_pretrained`, also through `AutoModel`."""
+
     config: VJEPA21Config
 
-    def _encoder(self, config): return VJEPA21Encoder(config)
+    def _encoder(self, config):
+        return VJEPA21Encoder(config)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -223,41 +280,55 @@ class VJEPA21Model(VJEPA2EncoderModel):
         "Tokens (B, N, D); with `hierarchical` those of the four supervised levels side by side, (B, N, 4 D), the last D the same."
         return self.forward(pixel_values_videos, hierarchical=hierarchical).last_hidden_state
 
+
 AutoConfig.register(VJEPA21Config.model_type, VJEPA21Config, exist_ok=True)
 AutoModel.register(VJEPA21Config, VJEPA21Model, exist_ok=True)
 
 # %% ../nbs/lib/07b_vjepa.ipynb #8819d8d4
-def score_against_position(width: int = 64, corrected: bool = False, offset: float = 3, starts: int = 16, pairs: int = 1, seed: int = 0) -> pd.DataFrame:
+def score_against_position(
+    width: int = 64, corrected: bool = False, offset: float = 3, starts: int = 16, pairs: int = 1, seed: int = 0
+) -> pd.DataFrame:
     """Scores q k / sqrt(width) of random queries and keys, a query `offset` steps behind its key along one axis, by where the key stands.
 
     One row a pair and start: `pair`, `start`, `score`, and `norm`, of the turned key over that of the key. `corrected`: V-JEPA 2.1."""
-    turning = 2*((width // 3) // 2)
+    turning = 2 * ((width // 3) // 2)
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, pairs, 1, width, generator=generator, dtype=torch.float64)
     at = torch.zeros(starts, 3, dtype=torch.float64)
     at[:, 2] = torch.arange(starts)
-    key, query = (_angles(at + torch.tensor([0., 0., step]), turning, width - 3*turning, corrected, torch.float64) for step in (0, offset))
+    key, query = (
+        _angles(at + torch.tensor([0.0, 0.0, step]), turning, width - 3 * turning, corrected, torch.float64)
+        for step in (0, offset)
+    )
     k_turned, q_turned = rotate(k, key.cos(), key.sin()), rotate(q, query.cos(), query.sin())
-    found = dict(score=(q_turned*k_turned).sum(-1) / math.sqrt(width), norm=k_turned.norm(dim=-1) / k.norm(dim=-1))
+    found = dict(score=(q_turned * k_turned).sum(-1) / math.sqrt(width), norm=k_turned.norm(dim=-1) / k.norm(dim=-1))
     pair, start = torch.meshgrid(torch.arange(pairs), torch.arange(starts), indexing="ij")
     return pd.DataFrame({name: x.flatten().numpy() for name, x in dict(pair=pair, start=start, **found).items()})
+
 
 @contextmanager
 def shifted(model: nn.Module, steps: float):
     "Inside the `with`, the positions of all tokens of `model` are moved by `steps` in time, row and column; `ValueError` where it has no such positions."
     sites = [m for m in model.modules() if isinstance(m, RotaryAttention)]
-    if not sites: raise ValueError(f"no rotary positions of V-JEPA 2 in this {type(model).__name__}: give a model that `load_backbone` loaded")
+    if not sites:
+        raise ValueError(
+            f"no rotary positions of V-JEPA 2 in this {type(model).__name__}: give a model that `load_backbone` loaded"
+        )
     before = [m.shift for m in sites]
     try:
-        for m in sites: m.shift = float(steps)
+        for m in sites:
+            m.shift = float(steps)
         yield
     finally:
-        for m, old in zip(sites, before): m.shift = old
+        for m, old in zip(sites, before):
+            m.shift = old
+
 
 @torch.no_grad()
 def moved_tokens(model: nn.Module, video: Tensor, steps=(1, 2, 4, 8)) -> pd.Series:
     "Relative change |moved - tokens| / |tokens| of the tokens of `video` (B, T, 3, H, W), normalised, by how many steps all positions moved; 0 were they relative."
     tokens, found = model.get_vision_features(video), {}
     for n in steps:
-        with shifted(model, n): found[n] = ((model.get_vision_features(video) - tokens).norm() / tokens.norm()).item()
+        with shifted(model, n):
+            found[n] = ((model.get_vision_features(video) - tokens).norm() / tokens.norm()).item()
     return pd.Series(found, name="relative change").rename_axis("steps")
