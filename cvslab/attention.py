@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, VJEPA2Model
+from transformers import AttentionInterface, PreTrainedModel, VJEPA2Model
 from transformers.models.vjepa2.modeling_vjepa2 import eager_attention_forward
 
 from .core import Proof
@@ -110,7 +110,10 @@ def attention_moments(
 Grid = tuple[int, int, int]   # (bins, rows, columns)
 
 def grid_of(attention: nn.Module, tokens: int) -> Grid:
-    "Bins, rows and columns of `tokens` tokens at a V-JEPA 2 attention module; `ValueError` where they do not fill whole bins."
+    "Bins, rows and columns of `tokens` tokens at a V-JEPA 2 attention module: of its last pass, where it knows them, else of whole squares; `ValueError` where these do not fill."
+    grid = getattr(attention, "grid", None)
+    if grid is not None and math.prod(grid) == tokens:
+        return grid
     side = attention.grid_size
     if tokens % side**2: raise ValueError(f"{tokens} tokens do not fill bins of {side} x {side}: give frames of the size the model is configured for")
     return tokens // side**2, side, side
@@ -166,7 +169,7 @@ def _edges(windows, device, dtype):
 def clip_grid(model, frames: int) -> Grid:
     "Grid of the tokens of a clip of `frames` frames."
     config = encoder_of(model).config
-    return frames // config.tubelet_size, *[config.crop_size // config.patch_size] * 2
+    return max(1, frames // config.tubelet_size), *[config.crop_size // config.patch_size] * 2
 
 def token_mask(
     classes: Tensor,            # (B, T, height, width) class of each pixel, 255 where a frame has no segmentation
@@ -241,6 +244,8 @@ def encoder_of(model: nn.Module) -> nn.Module:
 
     A `VJEPA2Model`, or what has the same parts: `config`, `encoder.layer[i].attention`, `set_attn_implementation`, as `OctEncoder`."""
     found = [m for m in model.modules() if _is_encoder(m)]
+    if not found and (others := [type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)]):
+        raise ValueError(f"attention is read and changed in V-JEPA 2 alone, and this {type(model).__name__} holds a {others[0]}")
     if len(found) != 1: raise ValueError(f"{len(found)} V-JEPA 2 models inside this {type(model).__name__}: pass a model that holds exactly one")
     return found[0]
 
@@ -643,9 +648,10 @@ def _kl(mask, p, bins):
 def kl_loss(model: nn.Module):
     "A loss term like `mass_loss`: KL(mask || map) as Exp11 meant it, of attention as the layers have it, averaged over heads, queries and bins, with gradients."
     def loss(outputs, batch):
-        inputs, side = _state(model).inputs, encoder_of(model).encoder.layer[0].attention.grid_size
+        inputs = _state(model).inputs
         p = torch.stack([_mean_map(*seen) for seen in inputs.seen.values()]).mean(0)
-        return _mean(_kl(inputs.mask, p, p.shape[1] // side**2), _told(inputs.mask))
+        bins = grid_of(encoder_of(model).encoder.layer[0].attention, p.shape[1])[0]
+        return _mean(_kl(inputs.mask, p, bins), _told(inputs.mask))
     return loss
 
 SUPERVISION = {"mass": mass_loss, "kl": kl_loss}

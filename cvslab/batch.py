@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from . import record
-from .core import MACHINE, Run, digest, load, rel, root
+from .core import MACHINE, Run, digest, load, local, rel
 from .metrics import compare, protocol_differences
 
 # %% ../nbs/lib/12_batch.ipynb #4124f817
@@ -72,7 +72,7 @@ def read_run(folder: Path) -> dict:
 
 def collect(outputs=None) -> pd.DataFrame:
     "Every run folder `<outputs>/<experiment>/<run>/` as a row of `read_run`; `outputs`, as seen from the project, defaults to its own, whose `test/` is left out."
-    outputs = root()/(outputs or "outputs")
+    outputs = local(outputs or "outputs")
     folders = sorted(p for p in outputs.glob("*/*") if p.is_dir() and not p.name.startswith(".") and p.parent.name != "test")
     columns = ["folder", "experiment", "run", "state", "reason", "params", "seed", "data", "fingerprint", "code", "protocol", "input",
                "metric", "value", "lo", "hi", "chance", "by_video", *COSTS, "history", "predictions"]

@@ -8,11 +8,12 @@ __all__ = ['DEMO_BACKBONE', 'VIDEO_IDS', 'CLASSES', 'FPS', 'KEY_EVERY', 'DRAWING
 
 # %% ../nbs/lib/05_demo.ipynb #12111c62
 import io, json, os, shutil, sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.resources import files
-from itertools import repeat
+from itertools import chain, repeat
 from math import cos, pi, sin
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +39,9 @@ VIDEO_IDS = {"train": (1, 120), "val": (121, 161), "test": (162, 201)}          
 CLASSES = ("background", "cystic_plate", "calot_triangle", "cystic_artery", "cystic_duct", "gallbladder", "tool")
 FPS = 25                                                                           # raw frames a second; one of them is kept
 KEY_EVERY = 5                                                                      # seconds between key-frames
+_EARLY = 122                                           # this video begins at raw frame 25: names of 2 to 4 digits
+_FOLDS = [f"{share}/train_{k}" for share in ("12_5", "25") for k in range(3)]
+_FOLDERS = (*VIDEO_IDS, "val_seg", "test_seg", "insseg", "semseg", "all", *_FOLDS)
 
 _START = np.array([.42, .53, .42])                                                 # earliest crossing of C1..C3, in video lengths
 _AHEAD = {"train": 0, "val": 0, "test": .12}
@@ -56,11 +60,6 @@ def _votes(state, rng):
     return (state + _NOISE[:, None]*(.44**.5*offset + .56**.5*moment) > _THRESHOLDS[:, None]).astype(int)
 
 # %% ../nbs/lib/05_demo.ipynb #61eda00a
-def _labels(video):
-    "Majority labels of every frame as the real tree has them: copied from the last key-frame, zero before the first; bool (n, 3)."
-    copied = np.repeat(video.votes.sum(0) >= 2, KEY_EVERY, axis=0)[:video.n - video.first]
-    return np.concatenate([np.zeros((video.first, 3), bool), copied])
-
 def _tell(split, count, seconds, rng):
     "Videos of a split with their lengths, hidden states, votes and black frames, and how far their shares lie from the recorded ones."
     videos, unlucky = [], set(rng.permutation(count)[:max(1, round(count/3))].tolist())
@@ -68,18 +67,24 @@ def _tell(split, count, seconds, rng):
         n, first = int(rng.integers(seconds[0], seconds[1] + 1)), int(rng.integers(2, 7))
         lost = max(KEY_EVERY, round(3*_BLACK[split]*n))*(i in unlucky)
         gone = int(rng.integers(first, n - lost + 1))
-        video = SimpleNamespace(split=split, vid=VIDEO_IDS[split][0] + i, n=n, first=first, state=np.arange(n)[:, None]/n - start,
-                                black=(np.arange(n) >= gone) & (np.arange(n) < gone + lost))
-        video.votes = _votes(video.state[first::KEY_EVERY], rng)*~video.black[None, first::KEY_EVERY, None]
-        videos.append(video)
-    met = np.concatenate([_labels(v) for v in videos])
-    shares = [*met.mean(0), (~met).all(1).mean(), met.all(1).mean()]
+        keys = np.arange(first, n, KEY_EVERY)
+        seen = (keys < gone) | (keys >= gone + lost)
+        votes = _votes(keys[:, None]/n - start, rng)*seen[None, :, None]
+        videos.append(SimpleNamespace(split=split, vid=VIDEO_IDS[split][0] + i, n=n, first=first, start=start, gone=gone,
+                                      lost=lost, votes=votes))
+    met = np.concatenate([v.votes.sum(0) >= 2 for v in videos])
+    copies = np.concatenate([np.minimum(KEY_EVERY, np.arange(v.n - v.first, 0, -KEY_EVERY)) for v in videos])
+    frames, reached = sum(v.n for v in videos), met.sum(1)
+    shares = [*copies@met/frames, 1 - copies@(reached > 0)/frames, copies@(reached == 3)/frames]
     return sum((a - b)**2 for a, b in zip(shares, _SHARES[split])), videos
 
 def _story(split, count, seconds, masked, rng):
     "The best of two hundred tellings; `masked` is the share of videos that get masks."
     _, videos = min((_tell(split, count, seconds, rng) for _ in range(200)), key=lambda told: told[0])
-    for i, video in zip(rng.permutation(count), videos): video.masked = bool(i < max(1, round(masked*count)))
+    for i, video in zip(rng.permutation(count), videos):
+        second, video.masked = np.arange(video.n), bool(i < max(1, round(masked*count)))
+        video.state = second[:, None]/video.n - video.start
+        video.black = (second >= video.gone) & (second < video.gone + video.lost)
     return videos
 
 # %% ../nbs/lib/05_demo.ipynb #e2c90a76
@@ -88,6 +93,8 @@ _TURN = np.linspace(0, 2*pi, 16, endpoint=False)
 _CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], 1)
 
 def _points(*pairs): return np.array(pairs, float)
+
+@lru_cache(maxsize=10_000)
 def _mix(colour, other, share): return tuple(int(x + (y - x)*share) for x, y in zip(colour, other))
 
 def _smooth(points):
@@ -102,36 +109,44 @@ def _curve(a, b, c, n=16):
     return (1 - t)**2*a + 2*t*(1 - t)*b + t**2*c
 
 def _ribbon(path, width):
+    "The outline (..., 2n, 2) of a band along `path` (..., n, 2); `width` is one number, or (..., n), one at each point."
     along = np.empty_like(path)
-    along[1:-1], along[0], along[-1] = path[2:] - path[:-2], path[1] - path[0], path[-1] - path[-2]
-    side = along[:, ::-1]*(-.5, .5)/np.hypot(*along.T)[:, None]*np.reshape(width, (-1, 1))
-    return np.concatenate([path + side, (path - side)[::-1]])
+    along[..., 1:-1, :] = path[..., 2:, :] - path[..., :-2, :]
+    along[..., 0, :], along[..., -1, :] = path[..., 1, :] - path[..., 0, :], path[..., -1, :] - path[..., -2, :]
+    side = along[..., ::-1]*(-.5, .5)*(width/np.hypot(along[..., 0], along[..., 1]))[..., None]
+    return np.concatenate([path + side, (path - side)[..., ::-1, :]], axis=-2)
 
-def _lump(centre, radius, bumps, squash=.8):
-    outline = 1 + .12*np.sin(3*_TURN + bumps) + .08*np.sin(2*_TURN + 5*bumps)
-    return centre + _CIRCLE*[radius, radius*squash]*outline[:, None]
+def _lumps(radius, bumps, squash=.8):
+    "Outlines (k, 16, 2) of lumps around the origin, from their radii and shapes (k,)."
+    outline = 1 + .12*np.sin(3*_TURN + bumps[:, None]) + .08*np.sin(2*_TURN + 5*bumps[:, None])
+    return _CIRCLE*np.stack([radius, radius*squash], 1)[:, None]*outline[..., None]
+
+def _flat(points, colour):
+    "One polygon as a stack."
+    return points[None], [colour]
 
 def _body(points, colour, shine=.45, steps=4):
-    "A rounded object: its outline in a darker tone, then smaller and lighter towards the light."
-    middle, reach = points.mean(0), np.ptp(points, axis=0).max()/2
-    shares = (np.arange(steps)/steps)**1.3
-    tones = [_mix(colour, (50, 20, 15), .15), *(_mix(colour, (255, 240, 225), shine*s) for s in shares[1:])]
-    return [(middle + (points - middle)*(1 - .95*s) + _LIGHT*reach*s*.8, tone) for s, tone in zip(shares, tones)]
+    "A rounded object as a stack: its outline (n, 2) in a darker tone, then smaller and lighter towards the light."
+    middle, reach, shares = points.mean(0), np.ptp(points, axis=0).max()/2, (np.arange(steps)/steps)**1.3
+    tones = [_mix(colour, (50, 20, 15), .15), *(_mix(colour, (255, 240, 225), shine*s) for s in shares[1:].tolist())]
+    share = shares[:, None, None]
+    return middle + (points - middle)*(1 - .95*share) + _LIGHT*reach*share*.8, tones
 
 def _tube(path, width, colour, shine=.6):
-    w = np.mean(width)
-    return [(_ribbon(path, width), _mix(colour, (40, 10, 10), .5)), (_ribbon(path + .3*w*_LIGHT, width*.74), colour),
-            (_ribbon(path + w*_LIGHT, width*.24), _mix(colour, (255, 250, 245), shine))]
+    "Tubes along `path` (..., n, 2) as a stack: each dark, then narrower in its colour, then its shine, to the light."
+    shift = np.array([0, .3, 1])*np.mean(width)
+    outlines = _ribbon(path[..., None, :, :], np.array([[1], [.74], [.24]])*width) + shift[:, None, None]*_LIGHT
+    outlines = outlines.reshape(-1, *outlines.shape[-2:])
+    return outlines, [_mix(colour, (40, 10, 10), .5), colour, _mix(colour, (255, 250, 245), shine)]*(len(outlines)//3)
 
 # %% ../nbs/lib/05_demo.ipynb #389a9f41
 def _tool(tip, origin, width, gape):
-    "A shaft from `origin` to the joint before `tip`, and two jaws."
+    "A shaft from `origin` to the joint before `tip`, and two jaws: two stacks."
     axis = (origin - tip)/np.hypot(*(origin - tip))
     joint, across = tip + .16*axis, gape*np.array([-axis[1], axis[0]])
-    layers = _tube(np.stack([joint, origin]), width, (72, 76, 84), .55)
-    for side in (across, -across):
-        layers += _tube(np.stack([joint, (joint + tip)/2 + .09*side, tip + .05*side]), width*np.array([.62, .42, .2]), (150, 154, 160), .85)
-    return layers
+    jaws = np.array([[joint, (joint + tip)/2 + .09*side, tip + .05*side] for side in (across, -across)])
+    return [_tube(np.array([joint, origin]), width, (72, 76, 84), .55),
+            _tube(jaws, width*np.array([.62, .42, .2]), (150, 154, 160), .85)]
 
 # %% ../nbs/lib/05_demo.ipynb #2939e0de
 _LIVER = _points((-.6, -.7), (1.45, -.7), (1.3, .12), (1.02, .36), (.74, .45), (.45, .52), (.2, .66), (-.6, .85))
@@ -149,30 +164,36 @@ def _look(rng, size):
     v = SimpleNamespace()
     def shift(points, sd=.02): return points + rng.normal(0, sd, np.shape(points))
     def lumps(centres, low, high, tone, shine=.45, squash=.8):
-        for centre, radius, bumps in zip(centres, rng.uniform(low, high, len(centres)), rng.uniform(0, 2*pi, len(centres))):
-            yield centre, _body(_lump(0, radius, bumps, squash), _mix(v.colour[tone], _RUST, bumps/8), shine, 3)
-    def stacked(lumps): return [np.stack(x) for x in zip(*((centre, [points for points, _ in layers], [tone for _, tone in layers]) for centre, layers in lumps))]
-    def still(lumps): return [(0, [(centre + points, colour) for points, colour in layers]) for centre, layers in lumps]
+        "Centres (k, 2) of lumps of fat, the stack of each around its centre (k, 3, 16, 2), and the three colours of each."
+        radius, bumps = rng.uniform(low, high, len(centres)), rng.uniform(0, 2*pi, len(centres))
+        colours = [_mix(v.colour[tone], _RUST, share) for share in (bumps/8).tolist()]
+        bodies = [_body(lump, colour, shine, 3) for lump, colour in zip(_lumps(radius, bumps, squash), colours)]
+        return centres, np.stack([outlines for outlines, _ in bodies]), [tones for _, tones in bodies]
+    def still(centres, shapes, tones):
+        "Lumps that never shrink, as one stack."
+        return (centres[:, None, None] + shapes).reshape(-1, 16, 2), [colour for three in tones for colour in three]
 
     v.colour = {name: tuple(int(x) for x in np.clip(shift(rgb, 7), 0, 255)) for name, rgb in _COLOURS.items()}
     v.gallbladder, liver, lobe, omentum = (_smooth(shift(p)) for p in (_GALLBLADDER, _LIVER, _LOBE, _OMENTUM))
     v.duct = _curve(*shift(_points((.9, .56), (.62, .71), (.2, .83)), .015))
     v.artery = _curve(*shift(_points((.98, .4), (.66, .45), (.2, .55)), .015))
-    v.fat = stacked(lumps(v.duct[:13].repeat(2, 0) + rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0), .05, .085, "fat"))
-    v.sheath = stacked(lumps(shift(np.concatenate([v.duct[1:14:2], v.artery[1:14:2]]), .012), .07, .095, "sheath", .4, .62))
+    between = rng.uniform(.12, .92, (26, 1))*(v.artery - v.duct)[:13].repeat(2, 0)
+    v.fat = lumps(v.duct[:13].repeat(2, 0) + between, .05, .085, "fat")
+    v.sheath = lumps(shift(np.concatenate([v.duct[1:14:2], v.artery[1:14:2]]), .012), .07, .095, "sheath", .4, .62)
     v.fat_until, v.sheath_until = (rng.permutation(np.linspace(.1, .9, len(centres))) for centres, _, _ in (v.fat, v.sheath))
-    v.behind = [(0, [(_points((-3, -3), (5, -3), (5, 4), (-3, 4)), v.colour["belly"])]), (0, _body(liver, v.colour["liver"], .1)),
-                (None, [(lobe + .02, _mix(v.colour["liver"], _DARK, .5))]), (0, _body(lobe, v.colour["lobe"], .16)),
-                (0, _body(omentum, v.colour["fat"], .15))]
+    belly = _flat(_points((-3, -3), (5, -3), (5, 4), (-3, 4)), v.colour["belly"])
+    v.behind = [(0, [belly, _body(liver, v.colour["liver"], .1)]),
+                (None, [_flat(lobe + .02, _mix(v.colour["liver"], _DARK, .5))]),
+                (0, [_body(lobe, v.colour["lobe"], .16), _body(omentum, v.colour["fat"], .15)])]
     v.triangle = np.concatenate([v.duct, v.artery[::-1]])
     inner = v.triangle.mean(0) + .72*(v.triangle - v.triangle.mean(0))
-    v.structures = [(2, [(v.triangle, _mix(v.colour["window"], (170, 90, 80), .15)), (inner, v.colour["window"])]),
-                    (4, _tube(v.duct, np.linspace(.075, .06, 16), v.colour["duct"])),
-                    (3, _tube(v.artery, np.linspace(.034, .042, 16), v.colour["artery"], .45))]
-    v.veins = [_ribbon(_curve(p, p + (.12, -.05), p + (.3, rng.uniform(-.2, 0)), 9), np.linspace(.012, .003, 9))
-               for p in rng.uniform((.98, .28), (1.2, .5), (4, 2))]
-    v.beside = still(lumps(np.stack([np.linspace(-.1, 1.8, 18), rng.normal(.96, .03, 18)], 1), .07, .13, "fat"))
-    v.beside += still(lumps(np.stack([rng.uniform(0, .27, 7), np.linspace(.5, .92, 7)], 1), .09, .14, "fat"))
+    window = (np.stack([v.triangle, inner]), [_mix(v.colour["window"], (170, 90, 80), .15), v.colour["window"]])
+    v.structures = [(2, [window]), (4, [_tube(v.duct, np.linspace(.075, .06, 16), v.colour["duct"])]),
+                    (3, [_tube(v.artery, np.linspace(.034, .042, 16), v.colour["artery"], .45)])]
+    v.veins = np.stack([_ribbon(_curve(p, p + (.12, -.05), p + (.3, rng.uniform(-.2, 0)), 9), np.linspace(.012, .003, 9))
+                        for p in rng.uniform((.98, .28), (1.2, .5), (4, 2))])
+    v.beside = [still(*lumps(np.stack([np.linspace(-.1, 1.8, 18), rng.normal(.96, .03, 18)], 1), .07, .13, "fat"))]
+    v.beside += [still(*lumps(np.stack([rng.uniform(0, .27, 7), np.linspace(.5, .92, 7)], 1), .09, .14, "fat"))]
     v.glints = shift(_points((1.08, .44), (1.3, .25), (1.45, .4), (.5, .2), (.25, .32), (.6, .97), (1.2, .98)), .04)
     v.zoom, v.tilt, v.centre = rng.uniform(1.05, 1.45), rng.normal(0, .07), shift((.8, .5), .03)
     v.phase, v.smoky = rng.uniform(0, 2*pi, 9), rng.uniform(0, .35)
@@ -191,36 +212,43 @@ def _look(rng, size):
 # %% ../nbs/lib/05_demo.ipynb #39312be4
 def _plate(bed, bare, colour):
     "The cystic plate along the liver bed."
-    if bare < .03: return []
+    if bare < .03:
+        return []
     width = .31*bare*np.sin(np.linspace(.12, pi - .12, len(bed)))**.6
-    return [(1, [(_ribbon(bed, width), _mix(colour, (150, 70, 60), .4)), (_ribbon(bed, width*.86), colour),
-                 (_ribbon(bed + .1*_LIGHT, width*.4), (255, 244, 236))])]
+    outlines = _ribbon(bed, np.array([[1], [.86], [.4]])*width)
+    outlines[2] += .1*_LIGHT
+    return [(1, [(outlines, [_mix(colour, (150, 70, 60), .4), colour, (255, 244, 236)])])]
 
 def _covers(v, c1, c2):
-    "Sheath and fat that are not dissected yet."
-    if c2 < .75: yield 0, _body(v.duct[0] + (v.triangle - v.duct[0])*(1 - c2/.8), _mix(v.colour["fat"], _RUST, .4), .2, 3)
+    "Sheath and fat that are not dissected yet, as stacks."
+    if c2 < .75:
+        left = v.duct[0] + (v.triangle - v.duct[0])*(1 - c2/.8)
+        yield _body(left, _mix(v.colour["fat"], _RUST, .4), .2, 3)
     if c1 < .75:
         end = int(16 - 16*c1)
         width = .13*np.sin(np.linspace(.7, pi - .5, 16))[-end:]
-        for path in (v.duct, v.artery): yield 0, _tube(path[:end], width, _mix(v.colour["sheath"], (170, 80, 70), .3), .2)
+        for path in (v.duct, v.artery):
+            yield _tube(path[:end], width, _mix(v.colour["sheath"], (170, 80, 70), .3), .2)
     yield from v.beside
     for (centres, shapes, tones), until, gone in ((v.fat, v.fat_until, c2), (v.sheath, v.sheath_until, c1)):
         left = np.clip((until + .15 - gone)/.3, 0, 1)**.6
-        placed = centres[:, None, None] + left[:, None, None, None]*shapes
-        for i in np.flatnonzero(left > .1): yield 0, list(zip(placed[i], map(tuple, tones[i].tolist())))
+        there = np.flatnonzero(left > .1)
+        placed = centres[there, None, None] + left[there, None, None, None]*shapes[there]
+        yield placed.reshape(-1, 16, 2), [colour for i in there for colour in tones[i]]
 
 def _scene(v, shown, t, rng):
-    "Objects of one frame from back to front: [(class, [(points, colour), ...]), ...]."
+    """The objects of one frame from back to front, `[(class, [stack, ...]), ...]`. A stack is polygons of the same
+    length, from back to front: their corners (k, n, 2) in the world, and their k colours."""
     (c1, c2, c3), colour, phase = shown, v.colour, v.phase
     lift = c3*np.array([.09, .015])
     bed = _curve(v.artery[0] + (-.02, .03), np.array([1, .22]), np.array([1.42, -.1]))
     gallbladder = v.gallbladder + lift*np.clip((v.gallbladder[:, :1] - .85)/.3, 0, 1)
-    veins = [(vein + lift, _mix(colour["gallbladder"], (170, 50, 50), .4)) for vein in v.veins]
+    veins = v.veins + lift, [_mix(colour["gallbladder"], (170, 50, 50), .4)]*len(v.veins)
     grip = np.array([1.33 + .03*sin(t/7 + phase[0]), .33 + .03*sin(t/5 + phase[1])]) + lift
     objects = [*v.behind, *_plate(bed, c3, colour["plate"]), *v.structures,
-               (None, [(gallbladder + (-.015, .02), _mix(colour["liver"], _DARK, .5))]),
-               (5, _body(gallbladder, colour["gallbladder"], .5, 6) + veins),
-               *_covers(v, c1, c2), (6, _tool(grip, np.array([2, -.25 + .1*sin(t/9 + phase[2])]), .085, .35))]
+               (None, [_flat(gallbladder + (-.015, .02), _mix(colour["liver"], _DARK, .5))]),
+               (5, [_body(gallbladder, colour["gallbladder"], .5, 6), veins]),
+               (0, list(_covers(v, c1, c2))), (6, _tool(grip, np.array([2, -.25 + .1*sin(t/9 + phase[2])]), .085, .35))]
     if sin(t/6 + phase[3]) > -.5:
         tip = np.array([.68 + .16*sin(t/3.1 + phase[4]), .66 + .1*sin(t/2.3 + phase[5])]) + rng.normal(0, .012, 2)
         objects.append((6, _tool(tip, np.array([1.75 + .1*sin(t/8 + phase[6]), 1.25]), .075, .12)))
@@ -234,35 +262,42 @@ def _camera(v, t, rng, size):
     turn = zoom*_points((cos(angle), sin(angle)), (-sin(angle), cos(angle)))
     return turn, np.array(size)/2 - centre@turn
 
+def _paint(canvas, stacks, turn, move):
+    "Paint stacks of polygons, seen as `points @ turn + move`, on `canvas`; what lies outside of it is left out."
+    pen, outlines = ImageDraw.Draw(canvas), [outlines for outlines, _ in stacks]
+    sizes = np.repeat([o.shape[1] for o in outlines], [len(o) for o in outlines])
+    corners, ends = np.concatenate([o.reshape(-1, 2) for o in outlines])@turn + move, np.cumsum(sizes)
+    starts = ends - sizes
+    low, high = np.minimum.reduceat(corners, starts), np.maximum.reduceat(corners, starts)
+    seen = ((high > -2) & (low < np.array(canvas.size) + 2)).all(1).tolist()
+    corners, colours = corners.ravel().tolist(), chain.from_iterable(colours for _, colours in stacks)
+    for colour, start, end, shown in zip(colours, (2*starts).tolist(), (2*ends).tolist(), seen):
+        if shown:
+            pen.polygon(corners[start:end], fill=colour)
+
 def _picture(v, objects, camera, t, rng, size):
     "The frame as a PIL image: objects painted at twice the size, then smoke, tissue and light."
     (w, h), (turn, move) = size, camera
-    canvas = Image.new("RGB", (2*w, 2*h))
-    pen = ImageDraw.Draw(canvas)
-    polygons = [layer for _, layers in objects for layer in layers]
-    polygons += [(_lump(c, r, 50*r, .5), (255, 250, 244)) for c, r in zip(v.glints, .014*rng.normal(.7, .5, len(v.glints)).clip(0))]
-    corners, ends = 2*(np.concatenate([points for points, _ in polygons])@turn + move), np.cumsum([len(points) for points, _ in polygons])
-    starts = np.concatenate([[0], ends[:-1]])
-    seen = ((np.maximum.reduceat(corners, starts) > -2) & (np.minimum.reduceat(corners, starts) < np.array(canvas.size) + 2)).all(1)
-    corners = corners.ravel().tolist()
-    for (_, colour), start, end, shown in zip(polygons, (2*starts).tolist(), (2*ends).tolist(), seen.tolist()):
-        if shown: pen.polygon(corners[start:end], fill=colour)
+    canvas, shine = Image.new("RGB", (2*w, 2*h)), (.014*rng.normal(.7, .5, len(v.glints))).clip(0)
+    glints = v.glints[:, None] + _lumps(shine, 50*shine, .5), [(255, 250, 244)]*len(v.glints)
+    _paint(canvas, [*(stack for _, stacks in objects for stack in stacks), glints], 2*turn, 2*move)
     x, y = int(w*(.25 + .12*sin(t/17 + v.phase[1]))), int(h*(.25 + .12*sin(t/14 + v.phase[2])))
     drift = int(w*(.5 + .5*sin(t/9 + v.phase[8])))
-    smoke = np.clip(v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, 3*drift:3*(drift + w)], 0, .6)                 # channels beside each other: no short loops
+    smoke = v.smoky*(.6 + .8*sin(t/7 + v.phase[6]))*v.haze[:h, 3*drift:3*(drift + w)]    # (h, 3w): no short loops
+    smoke.clip(0, .6, out=smoke)
     pixels = np.asarray(canvas.reduce(2), np.float32).reshape(h, 3*w)
-    pixels = (pixels + smoke*(190 - pixels))*v.light*v.tissue[y:y+h, 3*x:3*(x + w)]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).reshape(h, w, 3))
+    smoke *= 190 - pixels
+    smoke += pixels
+    smoke *= v.light
+    smoke *= v.tissue[y:y+h, 3*x:3*(x + w)]
+    return Image.fromarray(smoke.clip(0, 255, out=smoke).astype(np.uint8).reshape(h, w, 3))
 
 def _instances(objects, camera, size):
     "What is seen of each object: (h, w) of indices into `objects`, and the mask class of each index."
     assert len(objects) < 256
-    turn, move = camera
     canvas = Image.new("L", size)
-    pen = ImageDraw.Draw(canvas)
-    for i, (label, layers) in enumerate(objects):
-        if label is None: continue
-        for points, _ in layers: pen.polygon((points@turn + move).ravel().tolist(), fill=i)
+    _paint(canvas, [(outlines, [i]*len(outlines)) for i, (label, stacks) in enumerate(objects) if label is not None
+                    for outlines, _ in stacks], *camera)
     return np.asarray(canvas), np.array([label or 0 for label, _ in objects], np.uint8)
 
 # %% ../nbs/lib/05_demo.ipynb #da6f2a71
@@ -279,14 +314,13 @@ def _rle(mask) -> dict:
     return dict(size=list(mask.shape), counts=text)
 
 def _annotate(seen, classes, masked) -> list[dict]:
-    "A COCO annotation for each instance in `seen` that fills at least 1/2000 of the picture; without masks its area is the box's."
-    found = []
-    for i in np.unique(seen):
+    "A COCO annotation for each instance in `seen` that fills 1/2000 of the picture; its area is what is seen of it."
+    found, areas = [], np.bincount(seen.ravel(), minlength=len(classes))
+    for i in np.flatnonzero((classes > 0) & (areas >= seen.size/2000)):
         mask = seen == i
-        if not classes[i] or mask.sum() < seen.size/2000: continue
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = [int(columns[0]), int(rows[0]), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
-        found.append(dict(category_id=int(classes[i]), bbox=box, area=int(mask.sum()) if masked else box[2]*box[3], iscrowd=0,
+        box = [float(columns[0]), float(rows[0]), float(np.ptp(columns)) + 1, float(np.ptp(rows)) + 1]
+        found.append(dict(category_id=int(classes[i]), bbox=box, area=int(areas[i]), iscrowd=0,
                           segmentation=_rle(mask) if masked else [], instance=int(i)))
     return found
 
@@ -295,47 +329,113 @@ def _draw_video(tree, video, card) -> list[dict]:
     "Draw one video into `tree`; return a row a frame, with its annotations."
     rng, size = np.random.default_rng([card["seed"], video.vid]), tuple(card["size"])
     look, rows = _look(rng, size), []
-    raw = FPS*(int(rng.integers(200, 800)) + np.arange(video.n))
+    start = int(rng.integers(200, 800))
+    raw = FPS*((1 if video.vid == _EARLY else start) + np.arange(video.n))
     boxed_from = video.first + KEY_EVERY*int(rng.integers(card["mask_every"]//KEY_EVERY))
     for t, black in enumerate(video.black):
         name, last_key = f"{video.vid}_{raw[t]}", (t - video.first)//KEY_EVERY
         objects, camera = _scene(look, 1/(1 + np.exp(-video.state[t]/.07)), t, rng), _camera(look, t, rng, size)
         picture = Image.new("RGB", size) if black else _picture(look, objects, camera, t, rng, size)
         picture.save(tree/video.split/f"{name}.jpg", quality=90)
-        row = dict(vid=video.vid, frame=int(raw[t]), index=t, key=t >= video.first and (t - video.first) % KEY_EVERY == 0, annotations=[],
+        row = dict(split=video.split, vid=video.vid, frame=int(raw[t]), second=t, annotations=[], masked=False,
+                   key=t >= video.first and (t - video.first) % KEY_EVERY == 0,
                    votes=video.votes[:, max(last_key, 0)], means=video.votes[:, last_key].mean(0).tolist() if last_key >= 0 else [0.]*3,
-                   boxed=bool(t >= boxed_from and (t - boxed_from) % card["mask_every"] == 0 and not black), masked=False)
+                   boxed=bool(t >= boxed_from and (t - boxed_from) % card["mask_every"] == 0 and not black))
         if row["boxed"]:
             seen, classes = _instances(objects, camera, size)
             row |= dict(annotations=_annotate(seen, classes, video.masked), masked=video.masked)
-            if video.masked: _write_masks(tree, video.split, name, seen, row["annotations"])
+            if video.masked:
+                _write_masks(tree, name, seen, row["annotations"])
         rows.append(row)
     return rows
 
-def _write_masks(tree, split, name, seen, annotations):
-    "The frame again in the segmentation subset, its instance masks with their labels, and its class ids in three equal channels."
-    shutil.copyfile(tree/split/f"{name}.jpg", tree/f"{split}_seg"/f"{name}.jpg")
-    stack = np.stack([seen == a["instance"] for a in annotations]).astype(np.uint8)
-    labels = np.array([a["category_id"] for a in annotations], np.uint8)
-    np.save(tree/"insseg"/f"{name}.npy", stack)
-    (tree/"insseg"/f"{name}.csv").write_text("".join(f"{label}\n" for label in labels))
-    Image.fromarray(np.tensordot(labels, stack, 1)[..., None].repeat(3, -1).astype(np.uint8)).save(tree/"semseg"/f"{name}.png")
+def _write_masks(tree, name, seen, annotations):
+    "Instance masks with their labels, and the class ids in three equal channels."
+    instances, categories = (np.array([a[key] for a in annotations], np.uint8) for key in ("instance", "category_id"))
+    np.save(tree/"insseg"/f"{name}.npy", (seen == instances[:, None, None]).astype(np.uint8))
+    np.savetxt(tree/"insseg"/f"{name}.csv", categories)
+    labels = np.zeros(256, np.uint8)
+    labels[instances] = categories
+    _write_classes(tree/"semseg"/f"{name}.png", labels[seen])
+
+def _write_classes(path, classes): Image.fromarray(classes[..., None].repeat(3, -1)).save(path)
+
+def _spoil_masks(tree, rows, seed):
+    "A spot of a class that there is not in one mask of val, and one left open (255) in a quarter of the others."
+    rng, masked = np.random.default_rng(seed), [r for r in rows if r["masked"] and r["annotations"]]
+    stray = next((r for r in masked if r["split"] == "val"), None)
+    spots = [(r, 255) for r in [r for r in masked if r is not stray][::4]]
+    if stray:
+        spots.append((stray, len(CLASSES)))
+    for r, value in spots:
+        path = tree/"semseg"/f"{r['vid']}_{r['frame']}.png"
+        with Image.open(path) as image:
+            classes = np.asarray(image)[..., 0]
+        y, x = rng.choice(np.argwhere(classes[:, 1:] != classes[:, :-1]))                  # on the edge of a structure
+        down, right = np.ogrid[:classes.shape[0], :classes.shape[1]]
+        disc = (down - y)**2 + (right - x)**2 <= classes.size/125/pi
+        _write_classes(path, np.where(disc, np.uint8(value), classes))
+
+# %% ../nbs/lib/05_demo.ipynb #a7c1e0b5
+def _link(place: Path, target: str, folder=False):
+    """Make `place` a link to `target`, a file or a folder seen from where it lies. Where the system makes no symbolic
+    links it becomes a second name of the file, else a copy; for a folder, a folder of those."""
+    try:
+        os.symlink(target, place, target_is_directory=folder)
+        return
+    except OSError:
+        there = place.parent/target
+    if folder:
+        place.mkdir()
+        for path in there.iterdir():
+            _link(place/path.name, os.path.relpath(path.resolve(), place))
+        return
+    try:
+        os.link(there, place)
+    except OSError:
+        shutil.copyfile(there, place)
+
+def _link_frames(folder, rows, up=".."):
+    "A link in `folder` to each frame of `rows` in the folder of its split, which lies `up` from there."
+    for r in rows:
+        name = f"{r['vid']}_{r['frame']}.jpg"
+        _link(folder/name, f"{up}/{r['split']}/{name}")
 
 # %% ../nbs/lib/05_demo.ipynb #e92d35cd
-def _coco(rows, size) -> dict:
-    "A COCO file of the frames in `rows`."
+_JSONS = dict(boxed="annotation_coco", key="annotation_ds_coco", listed="annotation_coco_vid")
+
+def _coco(rows, size, counted=False) -> dict:
+    "A COCO file of the frames in `rows`, `counted` from 0 in each video or not."
     images = [dict(file_name=f"{r['vid']}_{r['frame']}.jpg", height=size[1], width=size[0], id=r["vid"]*1_000_000 + r["frame"],
-                   video_id=r["vid"], frame_id=r["index"], is_det_keyframe=r["boxed"], is_ds_keyframe=r["key"], ds=r["means"]) for r in rows]
+                   is_det_keyframe=r["boxed"], ds=r["means"], video_id=r["vid"], is_ds_keyframe=r["key"]) for r in rows]
+    seconds = Counter()
+    for image in images if counted else ():
+        image["frame_id"] = seconds[image["video_id"]]
+        seconds[image["video_id"]] += 1
     shapes = [(image["id"], a) for image, r in zip(images, rows) for a in r["annotations"]]
     annotations = [dict(id=i, image_id=image, **{k: v for k, v in a.items() if k != "instance"}) for i, (image, a) in enumerate(shapes, 1)]
     return dict(info=dict(description="drawn by cvslab"), images=images, annotations=annotations,
                 categories=[dict(id=i, name=name, supercategory="") for i, name in enumerate(CLASSES) if i],
                 videos=[dict(id=vid, name=str(vid)) for vid in sorted({r["vid"] for r in rows})])
 
-def _write_coco(folder, rows, size, names=("annotation_coco", "annotation_ds_coco", "annotation_coco_vid")):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, kept in zip(names, ("boxed", "key", "vid")):
-        (folder/f"{name}.json").write_text(json.dumps(_coco([r for r in rows if r[kept]], size)))
+def _write_coco(folder, rows, size, kinds=_JSONS, name=None):
+    "The COCO files of a folder: frames with boxes, key-frames, every listed frame; or one `kind` under another `name`."
+    for kind in kinds:
+        kept = [r for r in rows if r[kind]]
+        (folder/f"{name or _JSONS[kind]}.json").write_text(json.dumps(_coco(kept, size, kind == "listed")))
+
+def _unlisted(videos) -> set[tuple]:
+    """Frames that the COCO files forget, as `(video, second)`, all without a criterion. In the test video that begins
+    longest before its first key-frame, those before it; in another one, three times at most, the four frames behind every other
+    key-frame on which no rater saw anything."""
+    test = sorted((v for v in videos if v.split == "test"), key=lambda v: v.first)
+    gaps = {(test[-1].vid, second) for second in range(test[-1].first)}
+    empty = [(~v.votes.any((0, 2))[:-1]).nonzero()[0] for v in test[:-1]]
+    if empty:
+        keys, video = max(zip(empty, test), key=lambda found: len(found[0]))
+        starts = (video.first + KEY_EVERY*keys[::2][:3]).tolist()
+        gaps |= {(video.vid, start + i) for start in starts for i in range(1, KEY_EVERY)}
+    return gaps
 
 def _metadata(rows) -> pd.DataFrame:
     "The table `all_metadata.csv`, a row a frame."
@@ -347,25 +447,31 @@ def _metadata(rows) -> pd.DataFrame:
     return pd.DataFrame([one(r) for r in rows])
 
 def _write_tables(tree, videos, rows, card, rng):
-    "Everything in a tree but its pictures."
+    "Everything in a tree but its pictures and masks."
+    size = card["size"]
     def of(vids): return [r for r in rows if r["vid"] in vids]
-    for split in VIDEO_IDS:
-        mine = {v.vid for v in videos if v.split == split}
-        masked = {v.vid for v in videos if v.split == split and v.masked}
-        _write_coco(tree/split, of(mine), card["size"])
-        _write_coco(tree/f"{split}_seg", of(masked), card["size"], ["annotation_coco"])
-        for name, vids in ((split, mine), (f"{split}_seg", masked)):
-            (tree/f"{name}_vids.txt").write_text("".join(f"{float(v)}\n" for v in sorted(vids)))
+    groups = {split: {v.vid for v in videos if v.split == split} for split in VIDEO_IDS}
+    groups |= {f"{split}_seg": {v.vid for v in videos if v.split == split and v.masked} for split in VIDEO_IDS}
+    for name, vids in groups.items():
+        np.savetxt(tree/f"{name}_vids.txt", sorted(vids))
+        if name != "train_seg":
+            _write_coco(tree/name, of(vids), size, _JSONS if name in VIDEO_IDS else ["boxed"])
+    for split in ("val", "test"):
+        _link_frames(tree/f"{split}_seg", of(groups[f"{split}_seg"]))
     for name, share in (("12_5", .125), ("25", .25)):
         for fold in range(3):
             vids = rng.choice(card["videos"][0], max(1, round(share*card["videos"][0])), replace=False) + VIDEO_IDS["train"][0]
-            _write_coco(tree/name/f"train_{fold}", of(set(vids.tolist())), card["size"])
-    _write_coco(tree/"all", rows, card["size"], ["annotation_coco"])
-    (tree/"seg_label_map.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(CLASSES)))
+            mine = of(groups["train_seg"] if (name, fold) == ("25", 2) else set(vids.tolist()))
+            _write_coco(tree/name/f"train_{fold}", mine, size)
+            _link_frames(tree/name/f"train_{fold}", mine, "../..")
+    _link(tree/"train_seg", "25/train_2", folder=True)
+    _write_coco(tree/"all", rows, size, ["listed"], "annotation_coco")
+    _link_frames(tree/"all", [r for r in rows if r["listed"]])
+    (tree/"seg_label_map.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     save(tree/"all_metadata.csv", _metadata(rows))
 
 # %% ../nbs/lib/05_demo.ipynb #9faeb9b4
-DRAWING = 3                                                                        # raised when the same seed draws another tree
+DRAWING = 4                                                                        # raised when the same seed draws another tree
 
 def draw_endoscapes(
     folder,                        # made here; must not exist yet
@@ -387,14 +493,21 @@ def draw_endoscapes(
     card = dict(drawing=DRAWING, seed=seed, videos=list(videos), seconds=list(seconds), size=list(size), mask_every=mask_every, masked=masked)
     rng, tree = np.random.default_rng(seed), folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        for name in (*VIDEO_IDS, *(f"{split}_seg" for split in VIDEO_IDS), "insseg", "semseg"): (tree/name).mkdir(parents=True)
+        for name in _FOLDERS:
+            (tree/name).mkdir(parents=True)
         save(tree/"drawn_by_cvslab.json", card)
         told, drawn = [], []
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            if workers > 1:
+                pool.submit(abs, 0)                                                # the processes start while the first story is told
             for split, n in zip(VIDEO_IDS, card["videos"]):
                 told += (story := _story(split, n, seconds, masked, rng))
                 drawn.append((map if workers == 1 else pool.map)(_draw_video, repeat(tree), story, repeat(card)))   # while the next are told
-            _write_tables(tree, told, [row for videos in drawn for rows in videos for row in rows], card, rng)
+            rows, gaps = [row for videos in drawn for rows in videos for row in rows], _unlisted(told)
+        for row in rows:
+            row["listed"] = (row["vid"], row["second"]) not in gaps
+        _spoil_masks(tree, rows, seed)
+        _write_tables(tree, told, rows, card, rng)
         tree.rename(folder)
     finally: shutil.rmtree(tree, ignore_errors=True)
     return folder

@@ -21,7 +21,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from transformers import VJEPA2Model
 
 from . import objectives, training
 from .attention import (AttentionSummary, clear_attention, clip_grid, encoder_of, mask_tokens, measure, pooler_attention, set_attention,
@@ -32,6 +31,7 @@ from .metrics import CRITERIA, Ranking, estimate, mask_counts, multiplicities, p
 from .models import VideoClassifier, build_model, input_size
 from .objectives import LossTerm
 from .plots import COLORS, panels
+from .vjepa import cache_rotary
 
 # %% ../nbs/lib/11b_diagnostics.ipynb #36bfe220
 def example_run(lora: bool = False, decoder: bool = False, clips: int = 96, epochs: int = 6) -> Run:
@@ -70,7 +70,7 @@ def clips_of(run: Run, masks: bool = True) -> ClipDataset:
     "The clips a run was scored on, with its predictions `p_c1..p_c3` and their label `group`; `ValueError` where the data are not those of the run."
     protocol = protocol_of(run.load("metrics.json"))
     datasets, card = open_datasets(run.params["data"], protocol, run.params.get("max_clips", 0), masks=masks)
-    if card != run.data: raise ValueError(f"{rel(run.dir)} was made on other data ({run.data}, now {card}): run {run.experiment} again")
+    if any(run.data.get(k) != v for k, v in card.items()): raise ValueError(f"{rel(run.dir)} was made on other data ({run.data}, now {card}): run {run.experiment} again")
     dataset, told = datasets[protocol.split], run.load("predictions.parquet")
     told = told[told["split"] == protocol.split].set_index("clip")
     p = [f"p_{c}" for c in CRITERIA]
@@ -107,7 +107,7 @@ def pooler_maps(model: VideoClassifier, dataset: ClipDataset, chosen) -> tuple[n
     if not hasattr(model.pooler, "query") or not hasattr(model.pooler, "attention"):
         raise ValueError(f"a {type(model.pooler).__name__} has no attention to show: choose a run with pooler attention or criterion")
     maps, pooled, config = [], [], model.backbone.config
-    grid = (dataset.protocol.shown // config.tubelet_size, *[config.crop_size // config.patch_size]*2)
+    grid = (max(1, dataset.protocol.shown // config.tubelet_size), *[config.crop_size // config.patch_size]*2)
     for _, batch in _batches(dataset, chosen):
         tokens = model.encode(batch["video"])
         maps.append(pooler_attention(model.pooler, tokens).mean(2).unflatten(-1, grid))
@@ -170,7 +170,7 @@ def control_model(run: Run) -> VideoClassifier:
     "The run's classifier with every weight of its encoder drawn at random, without adapters: the control beside each reading."
     model = build_model(run.load("applied.json")["model"]["backbone"])
     torch.manual_seed(1)
-    model.backbone = VJEPA2Model(model.backbone.config)
+    model.backbone = cache_rotary(type(model.backbone)(model.backbone.config))
     return model.eval()
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 from .core import atomic, cache_dir, digest, main_process, rel
+from .encoders import Encoder
 from .endoscapes import IGNORE, PIXELS, ClipDataset
 from .models import VideoClassifier, fingerprint
 from .objectives import AUGMENTATIONS
@@ -59,7 +60,7 @@ def _open(path): return safe_open(path, "pt")
 def cache_tokens(
     model: VideoClassifier,   # with a frozen backbone
     dataset: ClipDataset,
-    card: dict,               # of the data
+    card: dict,               # of the data: noted in the files
     recipe: Recipe,           # device, precision and clips at once
     mirrored: bool = False,   # also keep the mirror image of each clip, for `choose_view`
     pool: int = 1,            # average so many places a side: 2 is a quarter of the size
@@ -71,13 +72,16 @@ def cache_tokens(
         raise ValueError("this backbone learns, so its tokens change: cache those of a frozen one")
     views, config, acc = VIEWS[:1 + mirrored], model.backbone.config, accelerator(recipe)
     side = config.crop_size // config.patch_size
-    folder = cache_dir()/"tokens"/digest([fingerprint(model.backbone), asdict(dataset.protocol), card["fingerprint"], PIXELS, pool, recipe.precision], 16)
+    made = [fingerprint(model.backbone), *_reading(model.backbone), asdict(dataset.protocol), PIXELS, pool, recipe.precision]
+    folder = cache_dir()/"tokens"/digest(made, 16)
     blocks = [[int(i) for i in b] for b in np.array_split(np.arange(len(dataset)), range(BLOCK, len(dataset), BLOCK))]
     names = [dataset.clips["clip"].iloc[b].tolist() for b in blocks]
-    files = {v: [folder/f"{digest(clips, 16)}_{v}.safetensors" for clips in names] for v in views}
+    shown = [dataset.store.held[dataset.rows[b]].astype(str) for b in blocks]            # digests of the frames' files
+    held = [digest([clips, files], 16) for clips, files in zip(names, shown)]
+    files = {v: [folder/f"{h}_{v}.safetensors" for h in held] for v in views}
     todo = [(b, clips, {v: p for v, p in zip(views, paths) if not p.exists()}) for b, clips, *paths in zip(blocks, names, *files.values())]
     todo = [(b, clips, missing) for b, clips, missing in todo if missing]
-    need = sum(token_bytes(len(b), dataset.protocol.shown // config.tubelet_size * (side // pool)**2, config.hidden_size, len(missing)) for b, _, missing in todo)
+    need = sum(token_bytes(len(b), max(1, dataset.protocol.shown // config.tubelet_size) * (side // pool)**2, config.hidden_size, len(missing)) for b, _, missing in todo)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -93,8 +97,11 @@ def cache_tokens(
         for v, path in missing.items():
             tokens = torch.cat(parts[v]).contiguous()
             if not tokens.isfinite().all(): raise ValueError(f"tokens of {dataset.protocol.split} are not finite in half precision: this backbone cannot be cached so")
-            atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, dict(clips=json.dumps(clips), view=v)))
+            note = dict(clips=json.dumps(clips), view=v, data=card["fingerprint"])
+            atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, note))
     return TokenDataset(dataset, files)
+
+def _reading(backbone) -> list: return [backbone.card] if isinstance(backbone, Encoder) else []    # its weights alone do not tell its pixels and tokens
 
 def _size(n): return f"{n/1e9:,.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
 

@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'EncoderName', 'ALLOWED', 'WHICH', 'Which', 'OCT_POOLERS', 'OCT_HEADS', 'OctPool', 'OctHead', 'OctConfig',
-           'OctEncoder', 'random_oct_encoder', 'open_checkpoint', 'encoder_state', 'state_fingerprint',
-           'checkpoint_card', 'distinct', 'load_oct_encoder', 'MaxPooler', 'Standardise', 'OctClassifier',
-           'build_oct_model']
+           'OctEncoder', 'random_oct_encoder', 'check_checkpoint', 'open_checkpoint', 'encoder_state',
+           'state_fingerprint', 'checkpoint_card', 'distinct', 'load_oct_encoder', 'MaxPooler', 'Standardise',
+           'OctClassifier', 'build_oct_model']
 
 # %% ../nbs/lib/08b_oct_models.ipynb #ced03149
-import math, pickle, re
+import math, pathlib, pickle, re
+from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.serialization import safe_globals
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .core import digest
-from .models import AttentionPooler, MeanPooler, mlp_head
+from .core import digest, local, rel
+from .models import AttentionPooler, MeanPooler, check_weights, mlp_head, weights_kind
 from .storage import Store
 
 # %% ../nbs/lib/08b_oct_models.ipynb #a75a42ec
@@ -152,29 +154,82 @@ class _Node:
 def _plain(node):
     "Nested `_Node`s as plain dictionaries, lists and values."
     if isinstance(node, _Node): return _plain(vars(node).get("_content", vars(node).get("_val")))
+    if isinstance(node, (Namespace, SimpleNamespace)): return _plain(vars(node))
+    if isinstance(node, (np.ndarray, np.generic, torch.Tensor)): return node.tolist()
+    if isinstance(node, pathlib.PurePath): return node.as_posix()
     if isinstance(node, dict): return {str(k): _plain(v) for k, v in node.items()}
     return [_plain(v) for v in node] if isinstance(node, (list, tuple)) else node
 
 _OMEGACONF = ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata", "nodes.AnyNode", "nodes.StringNode",
               "nodes.IntegerNode", "nodes.FloatNode", "nodes.BooleanNode")
 _NUMPY = [(getattr(np._core.multiarray, n), f"numpy.{core}.multiarray.{n}") for core in ("core", "_core") for n in ("_reconstruct", "scalar")]
+_DTYPES = [type(np.dtype(d)) for d in (*np.typecodes["AllInteger"], *np.typecodes["AllFloat"], "?", "U", "S")]
+_PATHS = [(pathlib.PurePosixPath, f"{module}.{kind}Path")
+          for module in ("pathlib", "pathlib._local") for kind in ("Posix", "PurePosix", "Windows", "PureWindows")]
 ALLOWED = [*((_Node, f"omegaconf.{n}") for n in _OMEGACONF), *((t, f"builtins.{t.__name__}") for t in (dict, list, tuple, int, float, str, bool)),
            (Any, "typing.Any"), (defaultdict, "collections.defaultdict"), *_NUMPY, np.ndarray, np.dtype,
-           *(type(np.dtype(d)) for d in ("f4", "f8", "i8", "u1"))]
+           *dict.fromkeys(_DTYPES), Namespace, SimpleNamespace, *_PATHS]
+
+def _place(path) -> tuple[Store, str]:
+    """The store that a file lies in, and its key there; `FileNotFoundError` and `ValueError` where a local one is not
+    there or no file."""
+    path = str(path)
+    if "://" in path:
+        return Store(path.rpartition("/")[0]), path.rpartition("/")[2]
+    file = local(path)
+    if file.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder: give the file in it")
+    if not file.is_file():
+        there = sorted(p.name for p in file.parent.glob("*.pt")) if file.parent.is_dir() else None
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}: "
+            + (f"{rel(file.parent)} holds {there[:8]}" if there is not None else "nor the folder it should lie in")
+        )
+    return Store(file.parent), file.name
+
+def check_checkpoint(path):
+    """`ValueError` or `OSError` where a checkpoint (local, s3 or gs) is none, by its first bytes, and, of a local one,
+    by its length; nothing is loaded."""
+    store, name = _place(path)
+    try:
+        check_weights(store.get(name)) if store.local else weights_kind(*store.first(name))
+    except ValueError as e:
+        raise ValueError(f"checkpoint {name} is {e}") from None
 
 def open_checkpoint(path) -> dict:
-    "The content of a `torch.save` file (local, s3 or gs URL) on the CPU, its config as plain values; `ValueError` on anything outside `ALLOWED`."
-    place, _, name = str(path).rpartition("/")
-    local = Store(place or ".").get(name)
+    """The content of a `torch.save` or safetensors file (local, s3 or gs URL) on the CPU, its config as plain values;
+    `ValueError` on anything outside `ALLOWED`."""
+    store, name = _place(path)
+    file = store.get(name)
     try:
-        with safe_globals(ALLOWED): content = torch.load(local, map_location="cpu", weights_only=True, mmap=is_zipfile(local))
+        kind = check_weights(file)
+    except ValueError as e:
+        raise ValueError(f"checkpoint {name} is {e}") from None
+    try:
+        with safe_globals(ALLOWED):
+            content = (
+                load_file(file)
+                if kind == "safetensors"
+                else torch.load(file, map_location="cpu", weights_only=True, mmap=kind == "zip")
+            )
     except pickle.UnpicklingError as e:
         refused = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it holds {refused[1]}, which is not on the list of harmless names" if refused else str(e).splitlines()[0][:120]
-        raise ValueError(f"checkpoint {name} is refused: {why}; nothing was loaded") from None
-    except (RuntimeError, EOFError, KeyError) as e:
-        raise ValueError(f"checkpoint {name} cannot be read ({type(e).__name__}: {str(e)[:120]}): fetch it again") from None
-    if not isinstance(content, dict): raise ValueError(f"checkpoint {name} holds a {type(content).__name__}, not a dictionary")
+        why = (
+            f"it holds {refused[1]}, which is not on the list of harmless names"
+            if refused
+            else "it holds more than weights and plain values"
+        )
+        raise ValueError(
+            f"checkpoint {name} is refused: {why}; nothing was loaded. Save its tensors alone: "
+            "torch.save(dict(model_state_dict=...), ...)"
+        ) from None
+    except Exception as e:  # a damaged pickle fails in as many ways as it has bytes
+        raise ValueError(
+            f"checkpoint {name} is damaged ({type(e).__name__} in its {kind} of {file.stat().st_size:,} bytes): "
+            "fetch it again"
+        ) from e
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {name} holds a {type(content).__name__}, not a dictionary")
     return content | ({"config": _plain(content["config"])} if "config" in content else {})
 
 # %% ../nbs/lib/08b_oct_models.ipynb #e4fb0c13
@@ -187,12 +242,12 @@ def encoder_state(content: dict, which: str = "context") -> dict:
     if which not in WHICH: raise ValueError(f"unknown encoder {which!r}: choose from {tuple(WHICH)}")
     official = WHICH[which][-1].rstrip(".")
     state = next((content[k] for k in ("model_state_dict", "state_dict", official) if isinstance(content.get(k), dict)), content)
-    state = {_WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {_WRAPPERS.sub("", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if "pos_embed" in state: return state
     for prefix in WHICH[which]:
         found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         if "pos_embed" in found: return found
-    there = sorted({k.split(".")[0] for k in state}) or sorted(content)
+    there = sorted({k.split(".")[0] for k in state}) or sorted(map(str, content))
     raise ValueError(f"no {which} encoder in the checkpoint: its names start with {there[:8]}, looked for {WHICH[which]}")
 
 def state_fingerprint(state: dict) -> str:
@@ -211,10 +266,35 @@ def _distance(a: dict, b: dict) -> float:
     return math.sqrt(square(lambda k: a[k].float() - b[k].float()) / max(square(lambda k: b[k].float()), 1e-30))
 
 # %% ../nbs/lib/08b_oct_models.ipynb #7d20bf7b
+def _number(content: dict, key: str, warnings: list):
+    "The number `content[key]`, or None, with a warning where something else stands there."
+    value = content.get(key)
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and math.prod(value.shape) == 1:
+        value = value.item()
+    if value is None or isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    warnings.append(f"its {key} is no number: {' '.join(str(_plain(value)).split())[:80]}")
+
+def _image_size(content: dict, warnings: list) -> tuple | None:
+    """The shape of the volumes a checkpoint was trained on by its config; None, with a warning where another form
+    stands there."""
+    config = content.get("config")
+    said = config.get("image_size") if isinstance(config, dict) else None
+    if said is None:
+        return None
+    if isinstance(said, list) and len(said) == 3 and all(isinstance(n, int) for n in said):
+        return tuple(said)
+    warnings.append(
+        f"its config's image_size {str(said)[:80]} is not three numbers (depth, rows, columns): not compared with "
+        "the encoder's"
+    )
+
 def checkpoint_card(content: dict, name: str = "") -> dict:
     "What a checkpoint says of itself: keys, epoch, loss, config; of each encoder tensors, parameters, fingerprint, share moved; `warnings`."
-    loss, epoch, states, warnings = content.get("loss"), content.get("epoch"), {}, []
-    card = dict(file=name, keys=sorted(content), epoch=epoch, step=content.get("step"), loss=None if loss is None else float(loss),
+    states, warnings = {}, []
+    loss, epoch, step = (_number(content, key, warnings) for key in ("loss", "epoch", "step"))
+    _image_size(content, warnings)
+    card = dict(file=name, keys=sorted(map(str, content)), epoch=epoch, step=step, loss=None if loss is None else float(loss),
                 config=content.get("config"), warnings=warnings)
     for which in WHICH:
         try: states[which] = state = encoder_state(content, which)
@@ -244,9 +324,9 @@ def load_oct_encoder(path, encoder: str = "vit_b", which: str = "context") -> Oc
     if encoder not in ENCODERS: raise ValueError(f"unknown encoder {encoder!r}: choose from {tuple(ENCODERS)}")
     content, name = open_checkpoint(path), Path(str(path)).name
     state, config = encoder_state(content, which), ENCODERS[encoder]
-    said = (content.get("config") or {}).get("image_size")
-    if said and tuple(said) != config.shape:
-        raise ValueError(f"{name} was trained on volumes {said}, the encoder {encoder!r} takes {list(config.shape)}")
+    said = _image_size(content, [])
+    if said and said != config.shape:
+        raise ValueError(f"{name} was trained on volumes {list(said)}, the encoder {encoder!r} takes {list(config.shape)}")
     with torch.device("meta"): model = OctEncoder(config)
     want = model.state_dict()
     odd = [k for k in want.keys() & state.keys() if state[k].shape != want[k].shape]

@@ -36,7 +36,7 @@ from .oct_models import ENCODERS, OctClassifier, OctEncoder, Standardise, build_
 from .objectives import LossTerm
 from .storage import Store
 from .training import Order, Recipe, Task, accelerator, describe_protocol, fit, preflight, report
-from .volumes import CLASS_NAMES, Choice, Cohort, Preprocess, VolumeError, class_weights, read_cohort, stream
+from .volumes import CLASS_NAMES, Choice, Cohort, Preprocess, VolumeError, cache_name, class_weights, read_cohort, stream
 
 # %% ../nbs/lib/10b_oct_training.ipynb #af47af7f
 def open_oct(data: str, choice: Choice = Choice(), max_lost: float = 0.05) -> tuple[Store, Cohort]:
@@ -112,7 +112,7 @@ def extract(
 ) -> Features:
     "Features of every usable volume of `table`, from the cache where they are there; `encoder` is on the CPU afterwards."
     folder, seen, kept, computed = feature_folder(encoder, preprocess, pool), {}, [], 0
-    paths = {row.key: folder/f"{digest([row.key, row.etag], 16)}.pt" for row in table.itertuples()}
+    paths = {row.key: folder/f"{cache_name(row)}.pt" for row in table.itertuples()}
     todo = table[[not paths[key].exists() for key in table["key"]]]
     if len(todo): encoder.eval().to(accelerator(Recipe({}, {}, None, device=device)).device)
     for row, volume, info in stream(todo, store, preprocess, ledger, keep, workers):

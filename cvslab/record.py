@@ -14,11 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from .core import local
+
 # %% ../nbs/lib/01_record.ipynb #e9d47d73
 DATA = Path(files("cvslab")/"data"/"record")
 
 def _table(name, folder=None, exp=None) -> pd.DataFrame:
-    table = pd.read_csv(Path(folder or DATA)/f"{name}.csv", dtype=dict(exp=str, layer=str, clip=str, mask_classes=str))
+    table = pd.read_csv(local(folder or DATA)/f"{name}.csv", dtype=dict(exp=str, layer=str, clip=str, mask_classes=str))
     if exp is None: return table
     known = sorted(_table("experiments", folder)["exp"])
     if exp not in known: raise ValueError(f"unknown experiment {exp!r}: choose from {known}")

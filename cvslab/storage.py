@@ -19,7 +19,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 
-from .core import MACHINE, atomic, cache_dir, digest, load, rel, root
+from .core import MACHINE, atomic, cache_dir, digest, load, local, rel, root, writing
 
 # %% ../nbs/lib/02_storage.ipynb #1d1cc5e8
 ENDPOINT_NAMES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")
@@ -35,7 +35,8 @@ def s3_settings(timeout: float = 15.0) -> dict:
     if endpoint and not host.endswith("amazonaws.com"):
         config |= {name: "when_required" for name in ("request_checksum_calculation", "response_checksum_validation")}
         config["s3"] = dict(addressing_style="path")
-    return dict(endpoint_url=endpoint, client_kwargs=dict(region_name=region) if region else {}, config_kwargs=config)
+    pays = dict(requester_pays=True) if os.environ.get("AWS_REQUEST_PAYER") == "requester" else {}
+    return dict(endpoint_url=endpoint, client_kwargs=dict(region_name=region) if region else {}, config_kwargs=config) | pays
 
 # %% ../nbs/lib/02_storage.ipynb #a23a2c7a
 _SECRET = re.compile(r"(KEY_ID|ACCESS_KEY|APPLICATION_KEY|SECRET|TOKEN|PASSWORD|API_KEY)", re.I)
@@ -64,6 +65,8 @@ _REMEDY = dict(
     SignatureDoesNotMatch="the secret does not belong to the key: check AWS_SECRET_ACCESS_KEY and AWS_REGION",
     ExpiredToken="the session token has expired: fetch a new AWS_SESSION_TOKEN",
     RequestTimeTooSkewed="this machine's clock is wrong: set it",
+    InvalidObjectState="it lies in an archive (Glacier): have it restored first (`aws s3api restore-object`), which takes minutes to hours",
+    AccessDenied="this key may not read there: check its rights, bucket and prefix (where the requester pays, set AWS_REQUEST_PAYER=requester)",
     NoSuchBucket="there is no such bucket: check the bucket's name and the endpoint")
 
 def _diagnose(error) -> tuple[str, str, bool]:
@@ -74,6 +77,7 @@ def _diagnose(error) -> tuple[str, str, bool]:
     if "Credentials" in name or name == "ProfileNotFound":
         return "forbidden", "no key was found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) in the environment", False
     if code == "NoSuchBucket": return "missing", _REMEDY[code], False
+    if name == "ParamValidationError": return "missing", "it is no name that S3 knows: check bucket and key", False
     if isinstance(error, FileNotFoundError) or status == 404: return "missing", "nothing is there: check the name", False
     if isinstance(error, PermissionError) or status in (401, 403) or code in _REMEDY:
         return "forbidden", _REMEDY.get(code, "this key may not read there: check its rights, bucket and prefix"), False
@@ -94,19 +98,47 @@ def _etag(info: dict) -> str:
     return tag or f"{info['size']:x}-{int(float(info.get('mtime') or 0) * 1e9):x}"
 
 # %% ../nbs/lib/02_storage.ipynb #6cd4da3d
+def _wrong_name(name: str) -> str:
+    "Why no object is called `name`: control characters, or quotes around it that a shell or a table left there."
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        return "a name with a line break or another control character in it; look at the table or the shell that it comes from"
+    if len(name) > 1 and name[0] in "\"'" and name[-1] == name[0]:
+        return "the name stands in quotes: take them off"
+    return ""
+
+def _local_place(url: str) -> str:
+    if re.match(r"(s3|gs):", url):
+        raise ValueError(f"{url!r} is no URL of a bucket: write {url.partition(':')[0]}://bucket/prefix")
+    return url.rstrip("/") or url
+
+def _remote_place(url: str) -> str:
+    "`url` without slashes at its end; `ValueError` where it holds a login, names no bucket, or a part of it is empty."
+    if "@" in urlsplit(url).netloc:
+        raise ValueError(
+            "the URL carries a login: put keys into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
+    scheme, _, place = url.partition("://")
+    bucket, *parts = place.rstrip("/").split("/")
+    wrong = _wrong_name(place) or next(filter(None, map(_wrong_name, parts)), "")
+    if wrong:
+        raise ValueError(f"{url!r}: {wrong}")
+    if scheme in ("s3", "gs") and not re.fullmatch(r"[A-Za-z0-9._-]+|arn:.+", bucket):
+        raise ValueError(f"{url!r} names no bucket ({bucket!r}): write {scheme}://bucket/prefix")
+    if "" in parts:
+        raise ValueError(f"{url!r} has an empty part (two slashes): take one out")
+    return url.rstrip("/")
+
 class Store:
-    "A local folder (as seen from the project), `s3://bucket/prefix` or `gs://bucket/prefix`, read by key; raises `StorageError`."
+    """A local folder (as `local` reads it), `s3://bucket/prefix` or `gs://bucket/prefix`, read by key; raises
+    `StorageError`."""
     def __init__(self,
         url,                     # folder or URL, never with a login in it
         cache_gb: float = 50.0,  # bound of the local cache in 10^9 bytes, shared by all stores
         tries: int = 8,          # how often one request is sent at most, pausing 0.1 s, 0.2 s, 0.4 s ... up to 5 s
         timeout: float = 15.0,   # longest wait for bytes of an answer, seconds
     ):
-        url = str(url).rstrip("/")
-        if "@" in urlsplit(url).netloc:
-            raise ValueError("the URL carries a login: put keys into the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)")
-        self.local = "://" not in url
-        self.url = str(root()/url) if self.local else url
+        self.local = not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(url))
+        self.url = str(local(_local_place(str(url)))) if self.local else _remote_place(str(url))
         self.cache_bytes, self.tries, self.timeout, self.requests = cache_gb * 1e9, tries, timeout, 0
         self._fs, self._pid, self._secrets = None, None, ()
 
@@ -133,7 +165,10 @@ class Store:
         return fs
 
     def _count(self, **_): self.requests += 1
-    def _path(self, key: str) -> str: return f"{self.url}/{key.lstrip('/')}".rstrip("/")
+
+    def _path(self, key: str) -> str:
+        if not self.local and (wrong := _wrong_name(key)): raise StorageError("missing", f"{self!r} has no {key!r}: {wrong}")
+        return f"{self.url}/{key.lstrip('/')}".rstrip("/")
 
     def _ask(self, call, *args, **kwargs):
         "`call` with retries; every failure leaves as a `StorageError`."
@@ -193,7 +228,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         handle, tmp = tempfile.mkstemp(dir=folder, prefix=".part-")
         try:
-            with os.fdopen(handle, "wb") as out:
+            with writing(path, remote.size), os.fdopen(handle, "wb") as out:
                 while out.tell() < remote.size:
                     chunk = self._ask(remote.read, BLOCK)
                     if not chunk: raise StorageError("failed", f"{self!r}: {key} ended after {out.tell()} of {remote.size} bytes")
@@ -205,6 +240,13 @@ class Store:
             if old != path: old.unlink(missing_ok=True)
         self._evict(folder, path)
         return path
+
+    def first(self, key: str, n: int = 512) -> tuple[bytes, int]:
+        "The first `n` bytes of `key` and its size in bytes."
+        if self.local:
+            with self.open(key) as f: return f.read(n), os.path.getsize(self._path(key))
+        remote = self._open_remote(key)
+        return self._ask(remote.read, n) if remote.size else b"", remote.size
 
     def _open_remote(self, key: str): return self._ask(self.fs.open, self._path(key), "rb", block_size=BLOCK, cache_type="none")
 
@@ -237,10 +279,8 @@ class Store:
     def put(self, path, key: str):
         "Write the local file `path` as `key`; a reader never meets half of it."
         if self.local:
-            half = Path(self._path(key)).with_name(f".part-{os.getpid()}")
-            half.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, half)
-            os.replace(half, self._path(key))
+            try: atomic(self._path(key), lambda half: shutil.copyfile(path, half), Path(path).stat().st_size)
+            except OSError as e: raise StorageError("failed", f"{self!r} failed: {e}") from e
         else: self._ask(self.fs.put_file, str(path), self._path(key))
 
     def fetch(self, key: str, path):
@@ -264,7 +304,7 @@ class Mirror:
     def of(cls, folder) -> "Mirror":
         "The mirror of a folder under `outputs/` by `$CVSLAB_MIRROR`; None without it."
         place = os.environ.get("CVSLAB_MIRROR")
-        return cls(folder, f"{place.rstrip('/')}/{Path(folder).relative_to(root()/'outputs').as_posix()}") if place else None
+        return cls(folder, f"{Store(place).url.rstrip('/')}/{Path(folder).relative_to(root()/'outputs').as_posix()}") if place else None
 
     def _files(self) -> dict:
         found = [p for p in self.folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(self.folder).parts)]

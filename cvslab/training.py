@@ -10,7 +10,7 @@ __all__ = ['DTYPES', 'DEVICES', 'TRACKERS', 'CVS', 'Recipe', 'accelerator', 'Ord
            'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
 
 # %% ../nbs/lib/10_training.ipynb #9295e276
-import copy, inspect, math, re, shutil, signal, threading, time
+import copy, inspect, math, re, signal, threading, time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,10 +32,12 @@ from peft.tuners.lora import LoraLayer
 from torch.optim.lr_scheduler import LambdaLR
 
 from .attention import attention_proofs, encoder_of, has_anatomy, plan_proof, reads_mask
-from .core import Proof, Run, atomic, derive_seed, digest, main_process, rel, root, seed_all
+from .core import Proof, Run, atomic, byte_size, derive_seed, digest, free_bytes, main_process, rel, root, seed_all
+from .endoscapes import Protocol
 from .metrics import BY_VIDEO, CRITERIA, ap_per_criterion, check_comparable, compare, input_differences, protocol_differences, score_cvs
-from .models import ENCODERS, POOLERS, VideoClassifier, build_model, compile_layers, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
+from .models import ENCODERS, POOLERS, VideoClassifier, backbone_cards, build_model, compile_layers, fingerprint, input_size, load_backbone, lora_modules, lora_size, trainable
 from .objectives import LossTerm
+from .provenance import leakage_of
 from .storage import Mirror
 
 # %% ../nbs/lib/10_training.ipynb #9ee3e0a8
@@ -175,13 +177,15 @@ def _autocast(acc, recipe):
 def _bare(model): return getattr(model, "module", model)    # inside DistributedDataParallel; accelerate's own way walks through every module
 
 def _backward(acc, model, batch, recipe, scaler):
-    "Forward and backward of a batch; returns its loss and outputs."
+    """Forward and backward of a batch; returns its loss, the terms of it and the largest logit, as one vector on the
+    device, and the outputs."""
     with recipe.context(_bare(model), batch):
         with _autocast(acc, recipe):
             outputs = model(batch["video"])
-            loss = sum(term.weight * term.fn(outputs, batch) for term in recipe.losses.values())
+            terms = [term.weight * term.fn(outputs, batch) for term in recipe.losses.values()]
+            loss = sum(terms)
         acc.backward(scaler.scale(loss))
-    return loss.detach(), outputs
+    return torch.stack([x.detach().float() for x in (loss, *terms, outputs["logits"].detach().abs().amax())]), outputs
 
 # %% ../nbs/lib/10_training.ipynb #91c5bc41
 @torch.no_grad()                         # XLA knows no inference mode
@@ -414,6 +418,28 @@ def _transform_proof(batch, recipe):
     return Proof("augmentation", "pixels that change", f"{pixels:.1%} of pixels, in {clips:.0%} of clips", pixels > 0)
 
 # %% ../nbs/lib/10_training.ipynb #305182a0
+def _backbones(model: VideoClassifier, run: Run, split: str) -> list[dict]:
+    "The card of each backbone of `model`, with `leakage`: whether it has seen videos of the `split` to report."
+    evaluated, found = (run.data or {}).get("dataset", "Endoscapes"), []
+    for card in backbone_cards(model.spec.get("backbone", {})):
+        verdict = leakage_of(card["datasets"], evaluated, split, card["base_model"])
+        found.append(card | getattr(model.backbone, "card", {}) | dict(leakage=dict(state=verdict.state, evaluated=f"{evaluated} {split}", reasons=verdict.reasons)))
+    return found
+
+def _leakage_proof(card: dict, allowed: str) -> Proof:
+    "Proof that a backbone has seen no video of the split to report, or that `allowed` says that it may have."
+    found, name = card["leakage"], card["name"]
+    seen = f"{found['state']}: {'; '.join(found['reasons'])}"
+    leaks = found["state"] == "leak" and allowed != "allow"
+    if leaks: seen += ". Report another split, or pass -p leakage allow: it then runs and is marked"
+    if found["state"] == "unverified": print(f"note: whether backbone {name!r} has seen videos of {found['evaluated']} is unverified: {'; '.join(found['reasons'])}")
+    return Proof("leakage", f"{allowed} a backbone that has seen videos of {found['evaluated']}", f"{name} is {seen}", not leaks)
+
+def _marks(cards: list[dict]) -> str:
+    "What the leaderboard must say of the backbones of a run; empty where all are clean."
+    words = dict(leak="leakage allowed", unverified="leakage unverified")
+    return "; ".join(f"{words[c['leakage']['state']]}: {c['name']}, {'; '.join(c['leakage']['reasons'])}" for c in cards if c["leakage"]["state"] in words)
+
 def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, proofs: list[Proof] = ()) -> pd.DataFrame:
     """Prove on the first batch that every knob turns, write `applied.json` and return the table; `PreflightError` if one does not.
 
@@ -429,6 +455,7 @@ def preflight(model: VideoClassifier, train: Dataset, recipe: Recipe, run: Run, 
     if "pooler" in model.spec: rows.append(_head_proof(model))
     if model.spec.get("lora"): rows.append(_lora_proof(model))
     if isinstance(model.spec.get("backbone"), dict): rows += _encoder_proofs(model, batch["video"].shape[1])
+    rows += [_leakage_proof(card, run.params.get("leakage", "refuse")) for card in _backbones(model, run, run.params.get("split", "val"))]
     if model.spec.get("attention") or model.spec.get("masked_tokens"): rows += _attention_proofs(model, train, recipe, device)
     full = False
     try: rows += _loss_proofs(model, batch, recipe, acc)
@@ -483,10 +510,13 @@ def _stale(history: list[dict], recipe: Recipe) -> int:
 def _checkpoints(run): return sorted((run.dir/"checkpoint").glob("epoch_*.pt"), reverse=True)
 
 def _readable(path):
-    "A checkpoint, or None, said aloud, where it cannot be read."
-    try: return torch.load(path, map_location="cpu", weights_only=True)
+    "A checkpoint, or None, said aloud, where it cannot be read or is of a model that diverged."
+    try: state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                 # torch.load fails in as many ways as a file can be broken
         print(f"note: {rel(path)} cannot be read ({type(e).__name__}); going back to the one before it")
+        return None
+    if all(t.isfinite().all() for t in state["model"].values()): return state
+    print(f"note: {rel(path)} holds weights that are not finite, of a run that diverged; going back to the one before it")
 
 def _newest(run: Run):
     "The newest checkpoint that can be read, or None."
@@ -521,7 +551,7 @@ def undisturbed():
 
 def _write_checkpoint(run, state, best_epoch):
     path = run.dir/"checkpoint"/f"epoch_{state['epoch']:04d}.pt"
-    atomic(path, lambda tmp: torch.save(state, tmp))
+    atomic(path, lambda tmp: torch.save(state, tmp), need=3 * sum(t.nbytes for t in state["model"].values()))
     keep = {f"epoch_{e:04d}.pt" for e in (state["epoch"], state["epoch"] - 1, best_epoch)}
     for old in _checkpoints(run):
         if old.name not in keep: old.unlink()
@@ -551,14 +581,22 @@ class _Live:
 
 # %% ../nbs/lib/10_training.ipynb #aa533695
 def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps):
-    "Train one epoch; returns the mean loss and, gathered on the way, targets and logits."
+    """Train one epoch; returns the mean loss, how many batches had one and, for each value of `_backward`, how many
+    came before the first in which it
+    was no number, and, gathered on the way, targets and logits."""
     model.train()
-    total, steps, ys, logits = torch.zeros((), device=acc.device), 0, [], []
+    n, ys, logits = len(recipe.losses) + 2, [], []
+    total, good, until = (
+        torch.zeros(2, device=acc.device),
+        torch.ones(n, dtype=torch.bool, device=acc.device),
+        torch.zeros(n, device=acc.device),
+    )
     for batch in loader:
         y = batch["y"]
-        if recipe.transform is not None: batch = recipe.transform(batch)
+        if recipe.transform is not None:
+            batch = recipe.transform(batch)
         with acc.accumulate(model):
-            loss, outputs = _backward(acc, model, batch, recipe, scaler)
+            seen, outputs = _backward(acc, model, batch, recipe, scaler)
             if acc.sync_gradients:
                 scaler.unscale_(optimizer)
                 if math.isfinite(recipe.clip_norm): torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
@@ -567,12 +605,19 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
                 schedule.step()
                 optimizer.zero_grad()
                 recipe.after_step(_bare(model), schedule.last_epoch / total_steps)
-        total += loss
-        steps += 1
+        fine = seen.isfinite()  # nothing is read before the epoch ends: each look at the device makes it wait
+        total += torch.where(fine[0], torch.stack([seen[0], torch.ones_like(seen[0])]), 0.0)
+        good &= fine
+        until += good
         if recipe.train_scores == "running":
-            for store, x in zip((ys, logits), acc.gather((y, outputs["logits"].detach().float()))): store.append(x)
-    if not torch.isfinite(total): raise FloatingPointError(f"the loss is {total.item()} after an epoch of {steps} batches: lower the learning rates {recipe.lr}, or use precision fp32")
-    return acc.reduce(total / steps, "mean").item(), ys, logits
+            for store, x in zip((ys, logits), acc.gather((y, outputs["logits"].detach().float()))):
+                store.append(x)
+    loss, fine = (
+        acc.reduce(total[0] / total[1].clamp_min(1), "mean"),
+        acc.gather(torch.cat([total[1:], until])[None]).amin(0),
+    )
+    loss, *fine = torch.cat([loss[None], fine]).tolist()
+    return loss, [int(n) for n in fine], ys, logits
 
 @contextmanager
 def _trial(model):
@@ -597,11 +642,11 @@ def _steps(acc, model, train, recipe, n: int):
         batch = torch.utils.data.default_collate([train[j] for j in np.resize(order, (i + 1)*size)[-size:]])
         read = time.perf_counter()
         batch = {k: v.to(acc.device) for k, v in batch.items()}
-        loss, _ = _backward(acc, model, recipe.transform(batch) if recipe.transform else batch, recipe, scaler)
+        seen, _ = _backward(acc, model, recipe.transform(batch) if recipe.transform else batch, recipe, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        loss.item()                                        # waits for the device
+        seen[0].item()                                     # waits for the device
         if i: yield read - began, time.perf_counter() - read, batch
 
 def largest_micro_batch(model, train: Dataset, recipe: Recipe) -> int:
@@ -626,6 +671,19 @@ def _memory(device):
     return psutil.Process().memory_info().rss, psutil.virtual_memory().total
 
 # %% ../nbs/lib/10_training.ipynb #5520320b
+def _room(model, run: Run) -> tuple[int, int]:
+    """Bytes that the checkpoints of a run take at most, and bytes free for them on the disk of its folder; `OSError`
+    where they do not fit."""
+    learns = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    need = 4 * 3 * learns  # the last two epochs, the best and one that is being written, each with both moments of Adam
+    free = free_bytes(run.dir) + sum(p.stat().st_size for p in _checkpoints(run))
+    if need > free:
+        raise OSError(
+            f"checkpoints need {byte_size(need)}, and {byte_size(free)} are free on the disk of {rel(run.dir)}: "
+            "make room there, keep the folder `outputs` on another disk (a link will do), or train less of the model"
+        )
+    return need, free
+
 def estimate(model: VideoClassifier, datasets: dict[str, Dataset], recipe: Recipe, run: Run, steps: int = 3) -> pd.DataFrame:
     """What the training will take at most: time, memory and disk, reckoned from `steps` measured steps; also in `estimate.json`. Nothing changes in `model`.
 
@@ -639,17 +697,15 @@ def estimate(model: VideoClassifier, datasets: dict[str, Dataset], recipe: Recip
         began = time.perf_counter()
         with torch.no_grad(), _autocast(acc, recipe): model.eval()(measured[0][2]["video"])["logits"].sum().item()
         scoring = (time.perf_counter() - began) / clips * (1 + len(recipe.views))
-        learns = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    files, free = _room(model, run)
     read, rest = (float(np.median(x)) for x in list(zip(*measured))[:2])
     step = max(read / recipe.workers, rest) if recipe.workers else read + rest
     batches, scored = len(Order(len(train), recipe.batch_size)) // clips // acc.num_processes, len(val) + min(len(val), len(train))*(recipe.train_scores == "clean")
-    seconds, (peak, there), files = left*(batches*step + scored*scoring), _memory(acc.device), 3 * 3*learns   # three checkpoints, each with both moments of Adam
-    free = shutil.disk_usage(root()).free
-    if files > free: raise OSError(f"checkpoints need {files/1e9:.1f} GB, and {free/1e9:.1f} GB are free in {rel(run.dir)}: make room, or train less of the model")
+    seconds, (peak, there) = left*(batches*step + scored*scoring), _memory(acc.device)
     run.save("estimate.json", dict(seconds=seconds, peak_memory_gb=peak/2**30, disk_gb=files/1e9, seconds_a_step=step, seconds_a_clip_scored=scoring))
     return pd.DataFrame([("time", _span(seconds), f"{left} epochs at most, each {batches} steps of {step:.2g} s and {scored} clips scored at {1000*scoring:.2g} ms"),
                          ("memory", f"{peak/2**30:.1f} GB", f"{clips} clips at once; {there/2**30:.0f} GB in all"),
-                         ("disk", f"{files/1e6:.1f} MB", f"the last two epochs and the best; {free/1e9:.0f} GB free")], columns=["what", "takes", "of"]).set_index("what")
+                         ("disk", f"{files/1e6:.1f} MB", f"the last two epochs, the best and one being written; {byte_size(free)} free")], columns=["what", "takes", "of"]).set_index("what")
 
 def _compile(acc, model, train, recipe):
     "The context `fit` trains an epoch in: that of `compile_layers` where the recipe says so and a step in it succeeds; else, with a note, one that does nothing."
@@ -670,6 +726,55 @@ def _train_scores(acc, model, train, recipe, ys, logits, size):
     return recipe.score(*predict(model, train, recipe, np.sort(chosen), acc))
 
 # %% ../nbs/lib/10_training.ipynb #a0f794ce
+def _not_finite(model) -> list[str]:
+    "Groups of trainable parameters (and `buffers`) in which a value is not finite."
+    found = {group: list(params.values()) for group, params in trainable(model).items()} | dict(
+        buffers=[b for b in model.buffers() if b.is_floating_point()]
+    )
+    found = {
+        group: torch.stack([t.isfinite().all() for t in tensors]).all() for group, tensors in found.items() if tensors
+    }
+    return [group for group, fine in zip(found, torch.stack(list(found.values())).tolist()) if not fine]
+
+def _advice(recipe, run, epoch: int) -> str:
+    """Which rate to lower, and to what: the highest of those that learn in `epoch`; and another precision where half
+    precision may be the reason."""
+    learning = {group: rate for group, rate in recipe.lr.items() if epoch > recipe.begins.get(group, 0)}
+    group = max(learning, key=learning.get)
+    rate, name = learning[group], next((n for n in (f"lr_{group}", "lr") if n in run.params), f"lr of {group}")
+    half = " or pass -p precision bf16 or fp32," if recipe.precision.startswith("fp16") else ""
+    kept = f"epoch {epoch - 1} is kept" if epoch > 1 else "no epoch was finished before it"
+    return f"Lower the highest rate, -p {name} {min(rate / 10, 1e-3):g} instead of {rate:g},{half} as another run. Nothing of epoch {epoch} was written; {kept}"
+
+def _check_finite(acc, model, recipe, run, scaler, epoch: int, counts: list[int], batches: int):
+    """`FloatingPointError` where a loss, the logits or the weights became no number in an epoch: in which step, which
+    term, what to lower.
+
+    Steps that overflow in half precision and are left out by the gradient scaler are no divergence, unless none was
+    left: a note tells them."""
+    lost, names, (fine, *until) = (
+        _not_finite(model),
+        ["loss", *(f"loss term {name}" for name in recipe.losses), "logits"],
+        counts,
+    )
+    if min(until) == batches and not lost:
+        return
+    if scaler.is_enabled() and not lost and fine:
+        print(
+            f"note: in epoch {epoch} numbers overflow in fp16, first in batch {min(until) + 1} of {batches}: the "
+            "steps they belong to are left out"
+        )
+        return
+    first = [name for name, u in zip(names, until) if u == min(until) and u < batches]
+    what = first[1:] if len(first) > 1 and first[0] == "loss" else first or ["a gradient"]
+    a_step = recipe.accumulation(acc.num_processes)
+    where = f"at step {min(until) // a_step + 1} of {batches // a_step}" if first else "in its last steps"
+    weights = f", the weights of {' and '.join(lost)} are not finite" if lost else ""
+    raise FloatingPointError(
+        f"the run diverged in epoch {epoch}: {' and '.join(what)} {'are' if len(what) > 1 else 'is'} no finite "
+        f"number {where}{weights}. {_advice(recipe, run, epoch)}"
+    )
+
 def _tracker(acc, recipe, run):
     "accelerate's tracker, begun with the run's parameters, or None."
     if recipe.tracker == "none" or not acc.is_main_process: return None
@@ -692,7 +797,10 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
     """Train `model`, continuing where an earlier call was cut; returns the history and leaves the weights of the reported epoch (the best, or the last) in `model`.
 
     Writes `history.csv` and one checkpoint an epoch. Train scores are taken on clean clips in evaluation mode, on at most as many as val has.
-    Raises `RuntimeError` where no preflight was passed, `ValueError` where val has no positive clip, `FloatingPointError` when the loss is no number any more."""
+    Raises `RuntimeError` where no preflight was passed, `ValueError` where val has no positive clip, `OSError` where
+    the checkpoints do not fit on the
+    disk, and `FloatingPointError` in the epoch in which a loss, the logits or the weights become no number: nothing of
+    it is written."""
     if not (run.dir/"applied.json").exists(): raise RuntimeError("no applied.json in the run folder: call preflight(model, train, recipe, run) before fit")
     stuck = [p["knob"] for p in run.load("applied.json")["proofs"] if not p["turned"] and not p["slip"]]
     if stuck: raise RuntimeError(f"the preflight of {rel(run.dir)} failed ({', '.join(stuck)}): mend that and call it again before fit")
@@ -715,6 +823,7 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         scaler.load_state_dict(state["scaler"])
         history, seconds = state["history"], state["seconds"]
         if len(history) < recipe.epochs: print(f"continuing {rel(run.dir)} after epoch {state['epoch']}")
+    if len(history) < recipe.epochs: _room(model, run)
     live, tracker, fast = _Live(recipe.epochs), _tracker(acc, recipe, run), _compile(acc, model, train, recipe)
     wrapped = acc.prepare(model)
     loader = _loader(acc, train, order, recipe.micro_batch or recipe.batch_size // acc.num_processes, recipe.workers)
@@ -724,10 +833,14 @@ def fit(model: VideoClassifier, train: Dataset, val: Dataset, recipe: Recipe, ru
         seed_all(recipe.seed, epoch, acc.process_index)
         waiting = [p for g, later in recipe.begins.items() if epoch <= later for p in groups[g].values()]
         for p in waiting: p.requires_grad_(False)
-        with fast(): loss, ys, logits = _epoch(acc, wrapped, loader, recipe.at(epoch), optimizer, schedule, scaler, recipe.epochs*steps)
+        with fast(): loss, counts, ys, logits = _epoch(acc, wrapped, loader, recipe.at(epoch), optimizer, schedule, scaler, recipe.epochs*steps)
         for p in waiting: p.requires_grad_(True)
+        _check_finite(acc, model, recipe, run, scaler, epoch, counts, len(loader))
         seconds.append(time.time() - began)
-        scores = recipe.score(*predict(model, val, recipe, acc=acc))
+        y, z = predict(model, val, recipe, acc=acc)
+        if wrong := int((~np.isfinite(z)).any(-1).sum()):
+            raise FloatingPointError(f"the run diverged in epoch {epoch}: the logits of {wrong} of {len(z)} val clips are no finite numbers. {_advice(recipe, run, epoch)}")
+        scores = recipe.score(y, z)
         if (reason := scores.pop("reason", None)) and epoch == 1: print(f"note: val has {reason}")
         if scores[recipe.monitor] is None: raise ValueError(f"no epoch can be selected: val has {reason}")
         on_train = _train_scores(acc, model, train, recipe, ys, logits, len(val))
@@ -808,6 +921,8 @@ def report(run: Run, model, datasets: dict[str, Dataset], recipe: Recipe, protoc
                                  clips_per_second=round(cost["epochs"] * len(Order(len(datasets["train"]), recipe.batch_size)) / cost["seconds"], 2),
                                  peak_memory_gb=round(memory / 2**30, 3))
     if split != "val": result["selection"] = task.score(tables["val"])
+    result["backbone"] = _backbones(model, run, split)
+    if marks := _marks(result["backbone"]): result["note"] = "; ".join(filter(None, [result.get("note"), marks]))
     run.save("metrics.json", result)
     if main_process() and (mirror := Mirror.of(run.dir)): mirror.push()
     accelerator(recipe).wait_for_everyone()

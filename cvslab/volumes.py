@@ -7,10 +7,10 @@ __all__ = ['CLASSES', 'CLASS_NAMES', 'SPLITS', 'SITES', 'DEVICES', 'RELEASES', '
            'INTENSITIES', 'ORIENTATIONS', 'Scanner', 'Region', 'Eye', 'Tie', 'Intensity', 'Orientation',
            'RECORDED_CHOICE', 'SYNTAXES', 'TINY', 'RECORDED_PREPROCESS', 'read_participants', 'read_manifest', 'Choice',
            'choose', 'Cohort', 'CohortError', 'read_cohort', 'class_weights', 'VolumeError', 'decoders', 'Volume',
-           'read_volume', 'Preprocess', 'stream', 'VolumeSet']
+           'read_volume', 'Preprocess', 'cache_name', 'stream', 'VolumeSet']
 
 # %% ../nbs/lib/04_volumes.ipynb #9e647ac1
-import gzip, io, json, re, time, warnings
+import gzip, io, json, re, struct, time, warnings, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,13 +21,16 @@ import numpy as np
 import pandas as pd
 import pydicom
 import torch
+from nibabel.affines import obliquity, voxel_sizes
+from pydicom.encaps import get_frame, parse_basic_offsets, parse_fragments
+from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
 from pydicom.uid import ExplicitVRLittleEndian, HTJ2KLossless, JPEG2000, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1, JPEGLSLossless
 from pydicom.uid import RLELossless, UID
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .core import Ledger, atomic, cache_dir, digest
+from .core import MISSING, Ledger, atomic, cache_dir, contents, digest, numbers, read_table, words
 from .storage import Store, StorageError
 
 # %% ../nbs/lib/04_volumes.ipynb #4413733b
@@ -40,70 +43,128 @@ DEVICES = ("heidelberg_spectralis", "topcon_maestro2", "topcon_triton", "zeiss_c
 RELEASES = {"2.0.0": (1067, 1061), "3.0.0": (2280, 2266)}   # participants, and those with OCT
 IDS = ("participant_id", "person_id")
 
+_GROUPS = {c: (c.replace("and_or", "and/or"), name) for c, name in zip(CLASSES, CLASS_NAMES)}
+_SPLITS = dict(train=("training",), val=("valid", "validation"), test=("testing",))
+_SITES = dict(UW=("University of Washington",), UCSD=("UC San Diego", "University of California San Diego"),
+              UAB=("University of Alabama at Birmingham",))
+_FLAGS = dict(TRUE=("T", "yes", "Y", "1", "1.0"), FALSE=("F", "no", "N", "0", "0.0"))
+
 def _table(store: Store, key: str, needed: set) -> tuple[pd.DataFrame, str]:
     "A tab-separated table as text, its id column renamed `participant`, and what that column was called."
-    table = pd.read_csv(io.BytesIO(store.read(key)), sep="\t", dtype=str, keep_default_na=False)
+    table = read_table(store.read(key), key, "\t")
     names = [c for c in IDS if c in table]
     missing = sorted(needed - set(table))
     if len(names) != 1: raise ValueError(f"{key} has columns {list(table)}: it needs exactly one of {IDS}")
     if missing: raise ValueError(f"{key} lacks columns {missing}: it has {list(table)}")
     return table.rename(columns={names[0]: "participant"}), names[0]
 
-def _only(values: pd.Series, known, what: str):
-    unknown = sorted(set(values) - set(known))
-    if unknown: raise ValueError(f"participants.tsv: unknown {what} {unknown[:5]}: choose from {tuple(known)}")
-
 def read_participants(store: Store) -> pd.DataFrame:
-    """`participants.tsv`, a row a participant: `participant, site, label` (index into `CLASSES`), `age, visit, split, has_oct`.
+    """`participants.tsv`, a row a participant: `participant, site, label` (index into `CLASSES`), `age` (years, 89 for
+    `89+`; NaN only where there is no OCT), `visit, split, has_oct`.
 
-    `ValueError` on a participant in two splits, and on an unknown split, group, site or range of numbers."""
-    table, _ = _table(store, "participants.tsv", {"study_group", "recommended_split", "age"})
-    splits = table.groupby("participant")["recommended_split"].agg(lambda s: sorted(set(s)))
+    `ValueError` on a participant in two splits or twice, and on an unknown split, group, site, flag, age or number."""
+    name = "participants.tsv"
+    table, _ = _table(store, name, {"study_group", "recommended_split", "age"})
+    table["split"] = words(table, "recommended_split", name, _SPLITS)
+    splits = table.groupby("participant")["split"].agg(lambda s: sorted(set(s)))
     leaked = splits[splits.str.len() > 1]
     if len(leaked):
         raise ValueError(f"{len(leaked)} participants stand in several splits, a leak: first {leaked.index[0]} in {leaked.iloc[0]}")
     twice = table.loc[table["participant"].duplicated(), "participant"].tolist()
-    if twice: raise ValueError(f"participants.tsv repeats {twice[:5]}")
-    _only(table["recommended_split"], SPLITS, "split")
-    _only(table["study_group"], CLASSES, "study_group")
-    by_number = table["participant"].where(table["participant"].str.fullmatch(r"\d{4}"), "?").str[0]
-    if "clinical_site" not in table: _only(by_number, SITES, "range of participant numbers, by first digit")
-    site = table["clinical_site"] if "clinical_site" in table else by_number.map(SITES)
-    _only(site, SITES.values(), "clinical_site")
-    has_oct = table["retinal_oct"].str.upper() if "retinal_oct" in table else pd.Series("TRUE", index=table.index)
-    _only(has_oct, ("TRUE", "FALSE"), "retinal_oct")
+    if twice:
+        raise ValueError(f"{name} repeats {twice[:5]}")
+    has_oct = pd.Series(True, table.index)
+    if "retinal_oct" in table:
+        has_oct = words(table, "retinal_oct", name, _FLAGS) == "TRUE"
+    ages = dict(column="age", name=name, bounds=True, low=0, high=120)
+    age = pd.concat([numbers(table[has_oct], **ages), numbers(table[~has_oct], missing=True, **ages)])
     return pd.DataFrame(dict(
-        participant=table["participant"], site=site, label=table["study_group"].map(CLASSES.index), age=pd.to_numeric(table["age"]),
-        visit=table.get("study_visit_date", ""), split=table["recommended_split"], has_oct=has_oct == "TRUE"))
+        participant=table["participant"], site=_sites(table, name),
+        label=words(table, "study_group", name, _GROUPS).map(CLASSES.index), age=age,
+        visit=table.get("study_visit_date", ""), split=table["split"], has_oct=has_oct))
+
+def _sites(table: pd.DataFrame, name: str) -> pd.Series:
+    "The site of each participant: `clinical_site`, else by the first digit of the number."
+    if "clinical_site" in table:
+        return words(table, "clinical_site", name, _SITES)
+    digit = table["participant"].where(table["participant"].str.fullmatch(r"\d{4}"), "?").str[0]
+    unknown = sorted(set(digit) - set(SITES))
+    if unknown:
+        known = f"choose from {tuple(SITES)}, or add the column clinical_site"
+        raise ValueError(f"{name}: unknown range of participant numbers, by first digit {unknown}: {known}")
+    return digit.map(SITES)
 
 # %% ../nbs/lib/04_volumes.ipynb #bf839c4b
 FOLDER = "retinal_oct/structural_oct"
-_PLACE = re.compile(rf"^/?{FOLDER}/(?P<device>[^/]+)/(?P<folder>[^/]+)/(?P<name>[^/]+)$")
-_NAME = re.compile(r"^[^_]+_[^_]+_(?P<protocol>.+?)(?:_oct)?_(?P<eye>[lr])_[^_]+$")
+_PLACE = re.compile(rf"^{FOLDER}/(?P<device>[^/]+)/(?P<folder>[^/]+)/(?P<name>[^/]+)$")
+_NAME = re.compile(r"^[^_]+_[^_]+_(?P<protocol>.+?)(?:_oct)?_(?P<eye>[lr])_[^_]+$", re.IGNORECASE)
 _MANIFEST = {"anatomic_region", "laterality", "height", "width", "number_of_frames", "pixel_spacing", "slice_thickness", "sop_instance_uid",
              "filepath"}
+_DEVICES = dict(heidelberg_spectralis=("Spectralis", "Heidelberg Engineering Spectralis"),
+                topcon_maestro2=("Maestro2", "Maestro 2", "Topcon Maestro 2", "3D OCT-1 Maestro2",
+                                 "Topcon 3D OCT-1 Maestro2"),
+                topcon_triton=("Triton", "DRI OCT Triton", "Topcon DRI OCT Triton"),
+                zeiss_cirrus=("Cirrus", "Cirrus HD-OCT", "Zeiss Cirrus HD-OCT", "Carl Zeiss Meditec Cirrus"))
+_MAKERS = dict(heidelberg=("Heidelberg Engineering", "Heidelberg Engineering GmbH"),
+               topcon=("Topcon Corporation", "Topcon Healthcare"),
+               zeiss=("Carl Zeiss", "Carl Zeiss Meditec", "Carl Zeiss Meditec Inc", "Carl Zeiss Meditec AG"))
+_EYES = {"R": ("OD", "RE", "right", "right eye", "oculus dexter"),
+         "L": ("OS", "LE", "left", "left eye", "oculus sinister"), "": ("unknown laterality", *MISSING)}
+_REGIONS = {"Macula": ("macular", "mac"),
+            "Optic Disc": ("disc", "disk", "optic disk", "ONH", "optic nerve head", "optic nerve"),
+            "Wide Field": ("wide", "widefield")}
+_IMAGING = dict(OCT=("optical coherence tomography", "structural OCT"))
+_SIZE = re.compile(r"[,\s_-]*(\d+)\s*[x×]\s*(\d+)\s*(?:mm)?$", re.IGNORECASE)
+_DECIMAL = r"(\d*\.\d+(?:[eE][+-]?\d+)?)"
 
-def _spacing(text: pd.Series, index: int) -> pd.Series:
-    "One number of a stringified list, mm; NaN where the text says `Varies by frame`."
-    numbers = text.str.findall(r"\d[\d.eE+-]*")
-    return pd.to_numeric(numbers.str[index], errors="coerce")
+def _regions(table: pd.DataFrame, name: str) -> pd.Series:
+    "`anatomic_region` as one of `_REGIONS`, with the size of the field behind where there is one: `Macula, 6 x 6`."
+    text = table["anatomic_region"]
+    size = text.str.extract(_SIZE)
+    place = table.assign(anatomic_region=text.str.replace(_SIZE, "", regex=True))
+    head = words(place, "anatomic_region", name, _REGIONS)
+    return head.where(size[0].isna(), head + ", " + size[0].fillna("") + " x " + size[1].fillna(""))
+
+def _devices(table: pd.DataFrame, folder: pd.Series, name: str) -> pd.Series:
+    "The device by its folder, which the columns of model and maker must not contradict."
+    device = words(table.assign(filepath=folder), "filepath", name, _DEVICES)
+    said = dict(manufacturers_model_name=(_DEVICES, device), manufacturer=(_MAKERS, device.str.split("_").str[0]))
+    for column, (known, wanted) in said.items():
+        other = words(table, column, name, known) != wanted if column in table else pd.Series(False, table.index)
+        if other.any():
+            i = other.idxmax()
+            first = f"first row {i + 2}: {table.loc[i, column]!r} in the folder {folder[i]!r}"
+            raise ValueError(f"{name}, column {column!r}: {other.sum()} rows lie in another device's folder, {first}")
+    return device
 
 def read_manifest(store: Store) -> pd.DataFrame:
-    """`retinal_oct/manifest.tsv`, a row a volume: `participant, device, protocol, region, eye, rows, cols, frames, axial_mm, lateral_mm,
-    slice_mm, uid, key, radial`; `attrs["version"]` is the schema."""
-    table, name = _table(store, "retinal_oct/manifest.tsv", _MANIFEST)
-    parts = table["filepath"].str.extract(_PLACE)
+    """`retinal_oct/manifest.tsv`, a row a volume: `participant, device, protocol, region, eye` (R, L, or empty where
+    unknown), `rows, cols, frames`, `axial_mm, lateral_mm, slice_mm` (NaN where they are not reported or no plain
+    number), `uid, key, radial`; `attrs["version"]` is the schema. `ValueError` on an unknown word or number, and
+    on a path that is built otherwise."""
+    name = "retinal_oct/manifest.tsv"
+    table, ids = _table(store, name, _MANIFEST)
+    path = table["filepath"].str.replace("\\", "/", regex=False).str.replace(r"^\.?/", "", regex=True)
+    parts = path.str.extract(_PLACE)
     odd = table.loc[parts["device"].isna() | (parts["folder"] != table["participant"]), "filepath"]
-    if len(odd): raise ValueError(f"{len(odd)} paths of the manifest do not follow {FOLDER}/<device>/<participant>/..., first {odd.iloc[0]!r}")
-    parts = parts.join(parts["name"].str.extract(_NAME)).fillna(dict(protocol="other", eye=""))
-    eye = table["laterality"].str.upper().str[:1].where(table["laterality"] != "", parts["eye"].str.upper())
+    if len(odd):
+        raise ValueError(f"{len(odd)} paths of the manifest do not follow {FOLDER}/<device>/<participant>/..., first "
+                         f"{odd.iloc[0]!r}")
+    if "imaging" in table:
+        words(table, "imaging", name, _IMAGING)
+    named = parts["name"].str.extract(_NAME).fillna(dict(protocol="other", eye=""))
+    eye = words(table, "laterality", name, _EYES)
+    size = {n: numbers(table, c, name, missing=True, whole=True, low=1)
+            for n, c in dict(rows="height", cols="width", frames="number_of_frames").items()}
+    pair = table["pixel_spacing"].str.extract(rf"^\[?\s*{_DECIMAL}\s*[,;\\]\s*{_DECIMAL}\s*\]?$").astype(float)
+    thick = table["slice_thickness"].str.extract(rf"^{_DECIMAL}$")[0].astype(float)
     out = pd.DataFrame(dict(
-        participant=table["participant"], device=parts["device"], protocol=parts["protocol"], region=table["anatomic_region"], eye=eye,
-        rows=table["height"].astype(int), cols=table["width"].astype(int), frames=table["number_of_frames"].astype(int),
-        axial_mm=_spacing(table["pixel_spacing"], 0), lateral_mm=_spacing(table["pixel_spacing"], 1),
-        slice_mm=_spacing(table["slice_thickness"], 0), uid=table["sop_instance_uid"], key=table["filepath"].str.lstrip("/"),
-        radial=parts["protocol"].str.contains(r"(?:^|_)rc(?:_|$)")))
-    out.attrs["version"] = "v3" if name == "person_id" else "v2" if (out["device"] == "zeiss_cirrus").any() else "v1"
+        participant=table["participant"], device=_devices(table, parts["device"], name),
+        protocol=named["protocol"].str.lower(), region=_regions(table, name),
+        eye=eye.where(eye != "", named["eye"].str.upper()), **size, axial_mm=pair[0], lateral_mm=pair[1],
+        slice_mm=thick, uid=table["sop_instance_uid"], key=path))
+    out["radial"] = out["protocol"].str.contains(r"(?:^|_)rc(?:_|$)")
+    out.attrs["version"] = "v3" if ids == "person_id" else "v2" if (out["device"] == "zeiss_cirrus").any() else "v1"
     return out
 
 # %% ../nbs/lib/04_volumes.ipynb #573ab761
@@ -200,7 +261,9 @@ def read_cohort(store: Store, choice: Choice = Choice(), max_lost: float = 0.05)
     except StorageError as e:
         if e.kind != "missing": raise
         demo = False
-    identity = [table[["participant", "split", "label", "key"]].values.tolist(), [int(s) for s in table["size"]]]
+    if store.local:
+        table["etag"] = list(contents(store.url, table["key"]).values())      # what each file holds, wherever it lies
+    identity = table[["participant", "split", "label", "key", "etag"]].values.tolist()
     release = next((r for r, known in RELEASES.items() if known == (len(people), len(expected))), "none of the published")
     card = dict(demo=demo, fingerprint=digest(identity, 12), place=place["place"], schema=version, release=release, choice=asdict(choice),
                 expected=len(expected), found=len(table), gigabytes=round(float(table["size"].sum()) / 1e9, 3),
@@ -242,52 +305,343 @@ def decoders() -> pd.DataFrame:
 
 @dataclass
 class Volume:
-    "D B-scans of H x W, decoded on demand."
+    "D B-scans of H x W, decoded on demand: depth runs down a B-scan's H rows, W runs along it."
     shape: tuple[int, int, int]
-    frames: Callable                                             # indices -> (n, H, W)
+    frames: Callable                                             # indices -> (n, H, W), the stored numbers
     spacing: tuple[float, float, float] = (float("nan"),) * 3    # slice, axial, lateral; mm, NaN where unknown
     upward: bool = False                                         # B-scans run from inferior to superior
     syntax: str = ""
+    rescale: np.ndarray | None = None                            # (D, 2): intensity = slope * stored number + intercept
 
-def _dicom_spacing(ds) -> tuple[float, float, float]:
-    groups = [*ds.get("SharedFunctionalGroupsSequence", []), *ds.get("PerFrameFunctionalGroupsSequence", [])]
-    measures = next((g.PixelMeasuresSequence[0] for g in groups if g.get("PixelMeasuresSequence")), ds)
-    axial, lateral = [float(v) for v in measures.get("PixelSpacing", None) or (np.nan, np.nan)]
-    return float(measures.get("SpacingBetweenSlices", None) or measures.get("SliceThickness", None) or np.nan), axial, lateral
+# %% ../nbs/lib/04_volumes.ipynb #b4d07a12
+def _said(error) -> str:
+    "What a library's error says, in one line."
+    return re.sub(r"\s+", " ", str(error)).strip()[:160] or type(error).__name__
 
-def _dicom_upward(ds) -> bool:
-    "Whether the first B-scan lies below the last one on the reference image (Ophthalmic Frame Location: row, column, row, column)."
-    groups = [g for g in ds.get("PerFrameFunctionalGroupsSequence", []) if g.get("OphthalmicFrameLocationSequence")]
-    at = [g.OphthalmicFrameLocationSequence[0].ReferenceCoordinates for g in (groups[0], groups[-1])] if groups else []
-    return len(at) == 2 and at[0][0] + at[0][2] > at[1][0] + at[1][2]
+def _header(ds, keyword: str):
+    "A value of a DICOM header, None where it is absent or empty."
+    try:
+        value = ds.get(keyword)
+    except Exception as e:                                           # pydicom reads a value when it is asked for it
+        raise VolumeError(f"the header's {keyword} cannot be read: export the file again (the reader said: "
+                          f"{_said(e)})") from None
+    return None if isinstance(value, str) and not value.strip() else value
+
+def _whole(ds, keyword: str, default: int = None) -> int:
+    "A whole number above 0 of the header, `default` where it is absent."
+    value = _header(ds, keyword)
+    value = default if value is None else value
+    if value is None:
+        raise VolumeError(f"the header has no {keyword}: it does not describe an image; export the file again")
+    if not re.fullmatch(r"0*[1-9]\d*", str(value).strip()):
+        raise VolumeError(f"the header's {keyword} is {value!r}, no whole number above 0: export the file again")
+    return int(str(value))
+
+def _groups(ds, keyword: str, count: int) -> list:
+    "The item that each frame's functional groups hold under `keyword`: its own, else the shared one, else None."
+    def items(groups):
+        found = [g.get(keyword) for g in _header(ds, groups) or []]
+        return [item[0] if item else None for item in found]
+    try:
+        own, shared = items("PerFrameFunctionalGroupsSequence"), items("SharedFunctionalGroupsSequence")
+    except (AttributeError, TypeError):
+        raise VolumeError(f"the header's functional groups with {keyword} cannot be read: export the file "
+                          "again") from None
+    common = next((item for item in shared if item is not None), None)
+    if not any(item is not None for item in own):
+        return [common] * count
+    if len(own) != count:
+        raise VolumeError(f"the header counts {count} frames, but describes {len(own)} ({keyword}): export the file "
+                          "again")
+    return [common if item is None else item for item in own]
+
+def _floats(item, keyword: str) -> np.ndarray:
+    "The numbers of an element of a DICOM item; none where it is absent or holds anything else."
+    try:
+        found = np.array(item.get(keyword), float).reshape(-1)
+    except (AttributeError, TypeError, ValueError):
+        return np.empty(0)
+    return found if np.isfinite(found).all() else np.empty(0)
+
+def _dicom_spacing(ds, count: int) -> tuple[float, float, float]:
+    "Millimetres between slices, rows and columns, NaN where the header does not say them plainly; nothing needs them."
+    try:
+        measures = _groups(ds, "PixelMeasuresSequence", count)[0] or ds
+    except VolumeError:
+        measures = ds
+    between, thick, pair = (_floats(measures, k) for k in ("SpacingBetweenSlices", "SliceThickness", "PixelSpacing"))
+    slices = [n[0] for n in (between, thick) if len(n) == 1] + [np.nan]
+    return float(slices[0]), *(map(float, pair) if len(pair) == 2 else (np.nan, np.nan))
+
+def _rescale(ds, count: int) -> np.ndarray | None:
+    "(count, 2) slope and intercept of each frame, None where the stored numbers are the intensities."
+    if _header(ds, "ModalityLUTSequence"):
+        raise VolumeError("its intensities go through a table (Modality LUT), which is not read: export it with slope "
+                          "and intercept")
+    pairs = []
+    for i, item in enumerate(_groups(ds, "PixelValueTransformationSequence", count), 1):
+        item = ds if item is None else item
+        given = [k for k in ("RescaleSlope", "RescaleIntercept") if _header(item, k) is not None]
+        pair = [_floats(item, k) for k in ("RescaleSlope", "RescaleIntercept")]
+        if given and (any(len(n) != 1 for n in pair) or pair[0][0] == 0):
+            said = ", ".join(f"{k} {_header(item, k)!r}" for k in given)
+            raise VolumeError(f"frame {i} is scaled by {said}: a slope other than 0 and an intercept are needed; "
+                              "export the file again")
+        pairs.append([n[0] for n in pair] if given else None)
+    if not any(pairs):
+        return None
+    if not all(pairs):
+        raise VolumeError(f"{sum(p is not None for p in pairs)} of {count} frames have a rescale slope: all or none "
+                          "must; export the file again")
+    return np.array(pairs, np.float32)
+
+# %% ../nbs/lib/04_volumes.ipynb #b4d07a14
+_PARALLEL = np.cos(np.radians(10))
+
+def _places(ds, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the middle of each frame lies and which way its line runs, NaN where the header does not say: (row, column)
+    on the reference image by Ophthalmic Frame Location, else (x, y, z) of the corner by Plane Position."""
+    lines = [_floats(p, "ReferenceCoordinates") for p in _groups(ds, "OphthalmicFrameLocationSequence", count)]
+    lines = [n.reshape(-1, 2) if len(n) > 3 and len(n) % 2 == 0 else np.full((2, 2), np.nan) for n in lines]
+    middle, way = np.array([n.mean(0) for n in lines]), np.array([n[-1] - n[0] for n in lines])
+    if np.isnan(middle).all() and len(_header(ds, "PerFrameFunctionalGroupsSequence") or []) == count:
+        corners = [_floats(p, "ImagePositionPatient") for p in _groups(ds, "PlanePositionSequence", count)]
+        middle, way = np.array([n if len(n) == 3 else np.full(3, np.nan) for n in corners]), np.zeros((count, 2))
+    return middle, way
+
+def _order(ds, count: int) -> tuple[np.ndarray | None, bool]:
+    """The order of the frames from above (or from the left) where they are stored in no order, else None, and whether
+    they run upward on the reference image. Radial scans and circles do not lie side by side: they stay as stored, and so
+    do frames that do not say where they lie."""
+    middle, way = _places(ds, count)
+    known = ~np.isnan(middle).any(1)
+    if known.sum() < 2:
+        return None, False
+    length = np.linalg.norm(way[known], axis=1, keepdims=True)
+    if length.any():
+        unit = way[known] / np.maximum(length, 1e-9)
+        if (np.abs(unit @ unit[0]) < _PARALLEL).any():
+            return None, False
+    offset = middle[known] - middle[known].mean(0)
+    axis = np.linalg.svd(offset, full_matrices=False)[2][0]
+    main = np.abs(axis).argmax()
+    at = np.round(offset @ axis * np.sign(axis[main]), 4)
+    steps = np.diff(at)
+    downward = middle.shape[1] == 2 and main == 0
+    if (steps >= 0).all() or (steps <= 0).all():
+        return None, bool(downward and at[0] > at[-1])
+    if not known.all():
+        raise VolumeError(f"its frames are not in order, and {(~known).sum()} of {count} do not say where they lie: "
+                          "export the file again")
+    twins = [np.flatnonzero(at == v) + 1 for v in at if (at == v).sum() > 1]
+    if twins:
+        raise VolumeError(f"its frames are not in order, and frames {twins[0].tolist()} lie at the same place: choose "
+                          "another volume")
+    return np.argsort(at), False
+
+# %% ../nbs/lib/04_volumes.ipynb #b4d07a16
+_IMAGE_STARTS = (b"\xff\xd8", b"\xff\x4f", b"\x00\x00\x00\x0c")    # JPEG and JPEG-LS; JPEG 2000, bare and in a JP2 box
+_SIZES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}           # markers of JPEG and JPEG-LS that precede the size
+
+def _coded_size(code: bytes) -> tuple[int, int] | None:
+    "Rows and columns of a compressed frame by its own header (JPEG, JPEG-LS: SOF; JPEG 2000: SIZ); None without one."
+    if (at := code[:4096].find(b"\xff\x4f\xff\x51")) >= 0 and len(code) >= at + 24:
+        right, bottom, left, top = struct.unpack(">4I", code[at+8:at+24])
+        return bottom - top, right - left
+    at = 2
+    while code[:2] == b"\xff\xd8" and at + 9 <= len(code) and code[at] == 0xFF:
+        if code[at+1] in _SIZES:
+            return struct.unpack(">2H", code[at+5:at+9])
+        at += 1 if code[at+1] == 0xFF else 2 + struct.unpack(">H", code[at+2:at+4])[0]
+    return None
+
+def _rle_length(frame: bytes) -> int:
+    "Bytes in the first segment of a frame coded by RLE Lossless (DICOM PS3.5, Annex G), when decoded."
+    _, at, end = struct.unpack("<3L", frame[:12])
+    length, end = 0, min(end or len(frame), len(frame))
+    while at < end:
+        run = frame[at]
+        length += run + 1 if run < 128 else 257 - run if run > 128 else 0
+        at += run + 2 if run < 128 else 2 if run > 128 else 1
+    return length
+
+def _check_compressed(ds, shape: tuple[int, int, int], uid: UID):
+    "`VolumeError` where the compressed frames are not as many or as large as the header says."
+    count, size = shape[0], tuple(shape[1:])
+    data = io.BytesIO(ds.PixelData)
+    try:
+        table = parse_basic_offsets(data)
+        pieces, offsets = parse_fragments(data)
+    except Exception as e:
+        raise VolumeError("its pixel data end early or are damaged: fetch the file again (the reader said: "
+                          f"{_said(e)})") from None
+    heads = [ds.PixelData[o+8:o+12] for o in offsets]
+    segments = [int.from_bytes(h, "little") for h in heads]          # RLE: how many follow, 1 to 15
+    begins = [0 < n < 16 for n in segments] if uid == RLELossless else [h.startswith(_IMAGE_STARTS) for h in heads]
+    starts = sum(begins)
+    if not starts:
+        raise VolumeError(f"its pixel data are not {uid.name}, as the header says: if a device scrambled them, export "
+                          "standard DICOM")
+    there = len(table) or starts
+    if count not in (there, pieces):
+        raise VolumeError(f"the header says {count} frames, the pixel data hold {there}: fetch or export the file "
+                          "again")
+    frame = get_frame(ds.PixelData, 0, number_of_frames=count)
+    if uid == RLELossless:
+        there = _rle_length(frame) if len(frame) > 64 else 0
+        each = size[0] * size[1]
+        if not 0 <= there - each <= 1:                               # a segment of odd length is filled up by one
+            raise VolumeError(f"the header says {_size(shape)}, {each:,} in a frame, the pixel data hold {there:,}: "
+                              "the file is damaged, fetch or export it again")
+    elif (coded := _coded_size(frame)) not in (None, size):
+        raise VolumeError(f"the header says {_size(shape)}, the pixel data {_size((count, *coded))}: export the file "
+                          "again")
+
+def _check_plain(ds, shape: tuple[int, int, int]):
+    "`VolumeError` where uncompressed pixel data are shorter than the header says, or longer by more than some zeros."
+    bits, data = _whole(ds, "BitsAllocated"), ds.PixelData
+    each = shape[1] * shape[2] * bits / 8
+    size = int(np.ceil(shape[0] * each))
+    if len(data) < size or len(data) - size >= each or len(data) - size > 1 and any(data[size:]):
+        held = f"{len(data):,} bytes ({len(data) / each:.4g} such frames)"
+        raise VolumeError(f"the header says {_size(shape)}, {size:,} bytes, the pixel data hold {held}: the file is "
+                          "cut short, or its header is another volume's; fetch or export it again")
+
+def _size(shape) -> str:
+    return "{} frames of {} x {} pixels".format(*map(int, shape))
 
 # %% ../nbs/lib/04_volumes.ipynb #0197fff5
 def _read_dicom(f) -> Volume:
-    ds = pydicom.dcmread(f)
-    if "PixelData" not in ds: raise VolumeError("the file holds no pixel data")
-    uid, d = UID(ds.file_meta.TransferSyntaxUID), get_decoder(ds.file_meta.TransferSyntaxUID)
-    if not d.is_available: raise VolumeError(f"{uid.name} cannot be decoded here, install a decoder: {'; '.join(d.missing_dependencies)}")
-    if ds.SamplesPerPixel != 1 or ds.PhotometricInterpretation != "MONOCHROME2":
-        raise VolumeError(f"{ds.SamplesPerPixel} samples a pixel of {ds.PhotometricInterpretation}: one of MONOCHROME2 is needed")
-    def frames(indices): return np.stack([frame for frame, _ in d.iter_array(ds, indices=list(indices))])
-    return Volume((int(ds.get("NumberOfFrames", 1)), ds.Rows, ds.Columns), frames, _dicom_spacing(ds), _dicom_upward(ds), uid.name)
+    "Frames in the order in which they lie in the eye, with slope and intercept; header and pixel data must agree."
+    try:
+        ds = pydicom.dcmread(f)
+    except InvalidDicomError:
+        raise VolumeError("no DICOM file: its mark, DICM after 128 bytes, is missing; fetch it again, or export it "
+                          "with a file header") from None
+    except Exception as e:
+        raise VolumeError("its header cannot be read: the file is damaged, fetch it again (the reader said: "
+                          f"{_said(e)})") from None
+    if "PixelData" not in ds:
+        raise VolumeError("the file holds no pixel data, or ends within them: it is no image or was cut short; fetch "
+                          "it again")
+    uid = UID(ds.file_meta.get("TransferSyntaxUID") or "")
+    if not uid:
+        raise VolumeError("the header names no transfer syntax, so that its pixels cannot be told: export the file "
+                          "again")
+    try:
+        d = get_decoder(uid)
+    except NotImplementedError:
+        raise VolumeError(f"{uid.name} is no transfer syntax for pixels that can be read: convert it to "
+                          f"{JPEG2000Lossless.name}") from None
+    if not d.is_available:
+        raise VolumeError(f"{uid.name} cannot be decoded here, install a decoder: {'; '.join(d.missing_dependencies)}")
+    samples, colours = _whole(ds, "SamplesPerPixel"), _header(ds, "PhotometricInterpretation")
+    if samples != 1 or colours != "MONOCHROME2":
+        raise VolumeError(f"{samples} samples a pixel of {colours}: one of MONOCHROME2 is needed; export the volume "
+                          "in grey")
+    if _whole(ds, "InConcatenationTotalNumber", 1) > 1:
+        part = f"part {_header(ds, 'InConcatenationNumber')} of {_header(ds, 'InConcatenationTotalNumber')}"
+        raise VolumeError(f"it is {part} of a volume (a concatenation): join the parts, or export it as one file")
+    shape = _whole(ds, "NumberOfFrames", 1), _whole(ds, "Rows"), _whole(ds, "Columns")
+    if uid.is_encapsulated:
+        _check_compressed(ds, shape, uid)
+    else:
+        _check_plain(ds, shape)
+    order, upward = _order(ds, shape[0])
+    rescale = _rescale(ds, shape[0])
+    place = np.arange(shape[0]) if order is None else order
+
+    def frames(indices):
+        try:
+            return np.stack([frame for frame, _ in d.iter_array(ds, indices=place[list(indices)].tolist())])
+        except Exception as e:                                       # decoders raise anything on a broken file
+            raise VolumeError(f"its pixels cannot be decoded as {uid.name}: the file is damaged, fetch it again "
+                              f"(the decoder said: {_said(e)})") from None
+    rescale = None if rescale is None else rescale[place]
+    return Volume(shape, frames, _dicom_spacing(ds, shape[0]), upward, uid.name, rescale)
+
+def _read_npy(f) -> Volume:
+    "A numpy array (D, H, W), as it is."
+    try:
+        array = np.load(f, allow_pickle=False)
+    except Exception as e:
+        raise VolumeError("no array that numpy saved, or a damaged one: save it again with numpy.save (numpy said: "
+                          f"{_said(e)})") from None
+    return _from_array(array, Volume.spacing, "npy")
 
 def _from_array(array, spacing, kind: str) -> Volume:
-    if array.ndim != 3: raise VolumeError(f"{array.ndim} dimensions: a volume D x H x W has 3")
+    if getattr(array, "ndim", 0) != 3:
+        raise VolumeError(f"{getattr(array, 'ndim', 'no')} dimensions, {getattr(array, 'shape', ())}: a volume has 3, "
+                          "save it as D x H x W")
+    if array.dtype.kind not in "biuf":
+        raise VolumeError(f"its voxels are {array.dtype}, not one number each: save intensities")
     return Volume(array.shape, lambda indices: array[list(indices)], spacing, syntax=kind)
 
-def read_volume(f, name: str) -> Volume:
-    "An open binary file called `name` (.dcm, .nii, .nii.gz, .npy) as a `Volume`; `VolumeError` says what is wrong with it."
-    if name.endswith(".dcm"): return _read_dicom(f)
-    if name.endswith(".npy"): return _from_array(np.load(f, allow_pickle=False), Volume.spacing, "npy")
-    if not name.endswith((".nii", ".nii.gz")): raise VolumeError("unknown format: choose .dcm, .nii, .nii.gz or .npy")
+# %% ../nbs/lib/04_volumes.ipynb #b4d07a17
+_OBLIQUE = 10      # degrees
+
+def _read_nifti(f) -> Volume:
+    """NIfTI-1 or NIfTI-2, also gzipped, turned by its affine to nibabel's canonical axes (RAS): ascending x becomes W, along
+    the B-scan; y becomes H, its depth; z becomes D, B-scan by B-scan. Without an affine (both codes 0) it is taken as
+    stored, in the order W, H, D. Refused are axes askew by more than 10 degrees, and a fourth axis longer than 1."""
     data = f.read()
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
-    return _from_array(np.asarray(image.dataobj).T, tuple(float(v) for v in image.header.get_zooms()[:3][::-1]), "nifti")
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (EOFError, OSError, zlib.error):
+        raise VolumeError("its gzip data end early or are damaged: fetch the file again") from None
+    sizes = [int.from_bytes(data[:4], order) for order in ("little", "big")]
+    kind = nibabel.Nifti1Image if 348 in sizes else nibabel.Nifti2Image if 540 in sizes else None
+    if kind is None:
+        raise VolumeError("no NIfTI file: it begins with neither 348 nor 540; fetch it again, or give it the ending "
+                          "of its format")
+    try:
+        image = kind.from_bytes(data)
+        coded = image.header["sform_code"] > 0 or image.header["qform_code"] > 0
+        affine = image.affine
+    except Exception as e:
+        raise VolumeError(f"its NIfTI header cannot be read: save the file again (nibabel said: {_said(e)})") from None
+    if image.ndim < 3 or any(n > 1 for n in image.shape[3:]):
+        raise VolumeError(f"{image.ndim} dimensions, {image.shape}: a volume has 3, and further ones of length 1; "
+                          "save one volume")
+    axes = "as stored"
+    if coded:
+        image, axes = _canonical(image, affine)
+    try:
+        array = np.asarray(image.dataobj).reshape(image.shape[:3])
+    except Exception as e:
+        raise VolumeError("its voxels end early or are damaged: fetch the file again (nibabel said: "
+                          f"{_said(e)})") from None
+    sizes = voxel_sizes(image.affine) * dict(meter=1000, micron=0.001).get(image.header.get_xyzt_units()[0], 1)
+    return _from_array(array.T, tuple(map(float, sizes[::-1])), f"nifti, {axes}")
+
+def _canonical(image, affine) -> tuple:
+    "The image with its axes along x, y and z, and what was done."
+    if not (np.isfinite(affine).all() and np.linalg.matrix_rank(affine[:3, :3]) == 3):
+        raise VolumeError("its affine has no three directions: save the file with a true affine, or with none (both "
+                          "codes 0)")
+    askew = np.degrees(obliquity(affine).max())
+    if askew > _OBLIQUE:
+        raise VolumeError(f"its axes lie askew by {askew:.0f} degrees, more than {_OBLIQUE}: resample it along its "
+                          "B-scans")
+    codes = "".join(nibabel.aff2axcodes(affine))
+    try:
+        return nibabel.as_closest_canonical(image), codes if codes == "RAS" else f"{codes} turned to RAS"
+    except Exception as e:
+        raise VolumeError("its voxels end early or are damaged: fetch the file again (nibabel said: "
+                          f"{_said(e)})") from None
+
+_READERS = {".dcm": _read_dicom, ".nii": _read_nifti, ".nii.gz": _read_nifti, ".npy": _read_npy}
+
+def read_volume(f, name: str) -> Volume:
+    "An open binary file called `name` (.dcm, .nii, .nii.gz, .npy, also in capitals) as a `Volume`, or a `VolumeError`."
+    for ending, reader in _READERS.items():
+        if name.lower().endswith(ending):
+            return reader(f)
+    raise VolumeError(f"unknown format: choose {', '.join(_READERS)}, and name the file so")
 
 # %% ../nbs/lib/04_volumes.ipynb #0ff5aac5
 TINY = 8
-_REVISION = 1   # raise it when the arithmetic below changes: cached tensors carry it in their name
+_REVISION = 2   # raise it when the reading above or the arithmetic below changes: cached tensors carry it in their name
 
 def _neighbours(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Lower and upper source index and weight of the upper for linear resizing `size` -> `out` (half-pixel centres, as `F.interpolate`)."
@@ -316,11 +670,15 @@ class Preprocess:
 
     def resize(self, volume: Volume) -> torch.Tensor:
         "The checked volume at its new size, in its own units: (D, H, W)."
-        if min(volume.shape) < TINY: raise VolumeError(f"tiny: {'x'.join(map(str, volume.shape))} voxels")
+        if min(volume.shape) < TINY:
+            raise VolumeError(f"tiny: {'x'.join(map(str, volume.shape))} voxels, {TINY} each way are needed: choose "
+                              "another volume")
         x = self._trilinear(volume)
-        if not torch.isfinite(x).all(): raise VolumeError(f"{(~torch.isfinite(x)).sum()} voxels are NaN or infinite")
+        if not torch.isfinite(x).all():
+            raise VolumeError(f"{(~torch.isfinite(x)).sum()} voxels are NaN or infinite: save it with numbers only")
         flat = (x.amax((1, 2)) - x.amin((1, 2)) <= 1e-6 * x.abs().max()).sum()
-        if flat > len(x) / 2: raise VolumeError(f"constant: {flat} of {len(x)} B-scans have a single value")
+        if flat > len(x) / 2:
+            raise VolumeError(f"constant: {flat} of {len(x)} B-scans have a single value: choose another volume")
         return x.flip(0) if volume.upward and self.orientation == "standard" else x
 
     def scale(self, x: torch.Tensor, voxels: int) -> torch.Tensor:
@@ -333,7 +691,11 @@ class Preprocess:
         needed, chunk = np.unique([lower, upper]), max(1, 2**22 // (volume.shape[1] * volume.shape[2]))
         planes = []
         for start in range(0, len(needed), chunk):
-            frames = torch.from_numpy(volume.frames(needed[start:start+chunk].tolist()).astype(np.float32))
+            some = needed[start:start+chunk]
+            frames = torch.from_numpy(volume.frames(some.tolist()).astype(np.float32))
+            if volume.rescale is not None:
+                slope, intercept = torch.from_numpy(volume.rescale[some].T.astype(np.float32))[..., None, None]
+                frames = frames * slope + intercept
             planes.append(F.interpolate(frames[None], self.shape[1:], mode="bilinear", align_corners=False)[0])
         planes, place = torch.cat(planes), {n: i for i, n in enumerate(needed.tolist())}
         w = torch.from_numpy(weight).float()[:, None, None]
@@ -347,9 +709,21 @@ class Preprocess:
 RECORDED_PREPROCESS = Preprocess(intensity="recorded", orientation="stored")
 
 # %% ../nbs/lib/04_volumes.ipynb #68f179ca
+def cache_name(row) -> str:
+    "The name of what is kept of a cohort's row: another one where its file changed, or what the manifest says of it."
+    return digest([row.key, row.etag, [str(getattr(row, c, "")) for c in ("frames", "rows", "cols")]], 16)
+
+def _agree(row, shape: tuple[int, int, int]):
+    "`VolumeError` where the manifest says another size than the file; what it does not say agrees."
+    said = [getattr(row, c, None) for c in ("frames", "rows", "cols")]
+    if any(pd.notna(a) and a != b for a, b in zip(said, shape)):
+        sizes = ["?" if pd.isna(a) else int(a) for a in said]
+        manifest = f"{sizes[0]} frames of {sizes[1]} x {sizes[2]} pixels"
+        raise VolumeError(f"the manifest says {manifest}, the file {_size(shape)}: correct the one that is wrong")
+
 def _prepare(store: Store, row, preprocess: Preprocess, keep: bool) -> tuple[torch.Tensor, dict]:
     "The tensor of one row of a cohort and its `info`; from the cache where it is there."
-    path = cache_dir()/"volumes"/preprocess.name/f"{digest([row.key, row.etag], 16)}.pt"
+    path = cache_dir()/"volumes"/preprocess.name/f"{cache_name(row)}.pt"
     began = time.perf_counter()
     if path.exists():
         kept = torch.load(path, weights_only=True)
@@ -359,6 +733,7 @@ def _prepare(store: Store, row, preprocess: Preprocess, keep: bool) -> tuple[tor
     decoding = 0.0
     try:
         volume = read_volume(io.BytesIO(data), row.key)
+        _agree(row, volume.shape)
         decode = volume.frames
         def timed(indices):
             nonlocal decoding
@@ -369,8 +744,11 @@ def _prepare(store: Store, row, preprocess: Preprocess, keep: bool) -> tuple[tor
         volume.frames = timed
         raw = preprocess.resize(volume)
         x = preprocess.scale(raw, int(np.prod(volume.shape)))
-    except VolumeError as e: raise VolumeError(f"{row.key}: {e}") from None
-    except Exception as e: raise VolumeError(f"{row.key}: {type(e).__name__}: {e}") from None    # decoders raise anything on a broken file
+    except VolumeError as e:
+        raise VolumeError(f"{row.key}: {e}") from None
+    except Exception as e:                                           # what no check above foresaw
+        raise VolumeError(f"{row.key}: it cannot be read: the file may be damaged, fetch it again (the reader said: "
+                          f"{_said(e)})") from e
     info = dict(zip(("depth", "height", "width"), volume.shape), syntax=volume.syntax, mean=float(raw.mean()), std=float(raw.std()),
                 low=float(raw.min()), high=float(raw.max()), digest=digest(x.half().numpy().tobytes(), 16))
     if keep: atomic(path, lambda tmp: torch.save(dict(x=x.half(), info=info), tmp))

@@ -44,8 +44,8 @@ BROKEN = {   # knob: parameters, where it is broken, under which name, by what, 
     "mean pooler is an LSTM": (dict(pooler="mean"), models, "POOLERS", pooled(mean="lstm"), "pooler: asked mean; seen LSTMPooler"),
     "LSTM is a mean": (dict(pooler="lstm"), models, "POOLERS", pooled(lstm="mean"), "pooler: asked lstm; seen MeanPooler"),
     "one query for all": (dict(pooler="criterion"), models, "POOLERS", pooled(criterion="attention"), "pooler: asked criterion; seen AttentionPooler"),
-    "videomae is V-JEPA": (dict(family="videomae", backbone="weights/videomae", rank=0), models, "build_model", built(backbone="demo"), "family: asked videomae; seen VJEPA2Model"),
-    "dinov3 is V-JEPA": (dict(family="images", backbone="weights/images", rank=0, pooler="lstm"), models, "build_model", built(backbone="demo"), "family: asked images; seen VJEPA2Model"),
+    "videomae is V-JEPA": (dict(backbone="weights/videomae", rank=0), models, "build_model", built(backbone="demo"), "backbone: asked videomae of width 32, of weights/videomae; seen VJEPA2Model"),
+    "dinov2 is V-JEPA": (dict(backbone="weights/images", rank=0, pooler="lstm"), models, "build_model", built(backbone="demo"), "backbone: asked dinov2 of width 32, of weights/images; seen VJEPA2Model"),
     "answer not told": (dict(visible_weight=.3, hierarchical=True), models, "Visible", instead(models.Visible, told=False), "what is in view: asked told to the criteria; seen asked alone"),
     "view without gradient": (dict(visible_weight=.3), objectives, "visible", unseen, "loss visible: "),
     "easy negatives count": (dict(hard_share=.5), objectives, "hard_negatives", lambda share: bce(), "hard negatives: asked"),
@@ -85,7 +85,7 @@ BROKEN_17 = {   # the same of pretraining
     "always mirrored": ({}, objectives, "random_flip", lambda p, flip=objectives.random_flip: flip(1.), "flip: asked"),
 }
 
-INERT = {"hierarchical": dict(hierarchical=True), "train_only": dict(train_only="attention"), "rank 16": dict(family="images", backbone="weights/images"),
+INERT = {"hierarchical": dict(hierarchical=True), "train_only": dict(train_only="attention"),
          "targets": dict(rank=0, targets=["q", "k"]), "regularized": dict(window=[1, 2, 2], regularized=True)}
 
 @pytest.fixture(scope="module")

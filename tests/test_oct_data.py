@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from cvslab.core import Ledger
 from cvslab.demo import draw_oct
 from cvslab.storage import Store
-from cvslab.volumes import (FOLDER, RECORDED_CHOICE, RECORDED_PREPROCESS, Choice, CohortError, Preprocess, Volume, VolumeError, VolumeSet, read_cohort,
+from cvslab.volumes import (FOLDER, RECORDED_CHOICE, RECORDED_PREPROCESS, Choice, CohortError, Preprocess, Volume, VolumeSet, read_cohort,
                             read_volume, stream)
 
 PREP = Preprocess((16, 64, 64))
@@ -105,13 +105,121 @@ def test_a_wrong_prefix_is_told_from_lost_files(tree):
     (lambda t: pd.concat([t, t[t["recommended_split"] == "train"].head(1).assign(recommended_split="val")]), "several splits, a leak"),
     (lambda t: pd.concat([t, t.head(1)]), "repeats"),
     (lambda t: t.drop(columns="clinical_site").replace({"participant_id": {"1001": "9001"}}), r"unknown range of participant numbers.*\['9'\]"),
-    (lambda t: t.assign(study_group=t["study_group"].replace("healthy", "Healthy")), r"unknown study_group \['Healthy'\]: choose from"),
-    (lambda t: t.assign(recommended_split="training"), "unknown split"),
+    (lambda t: pd.concat([t, t[t["recommended_split"] == "train"].head(1).assign(recommended_split="Testing")]), "several splits, a leak"),
     (lambda t: t.drop(columns="study_group"), r"lacks columns \['study_group'\]"),
     (lambda t: t.drop(columns="participant_id"), "needs exactly one of")])
 def test_tables_that_say_something_else(tree, change, words):
     edit(tree, "participants.tsv", change)
     with pytest.raises(ValueError, match=words): read_cohort(Store(tree))
+
+
+PEOPLE, MANIFEST = "participants.tsv", "retinal_oct/manifest.tsv"
+
+
+def spell(tree, name, column, spelling: dict):
+    "Write the values of a column by `spelling`, in turn where it has several; what it lacks stays."
+    def change(t):
+        seen = t.groupby(column).cumcount()
+        return t.assign(**{column: [spelling[v][i % len(spelling[v])] if v in spelling else v for v, i in zip(t[column], seen)]})
+    edit(tree, name, change)
+
+
+@pytest.mark.parametrize("dress", [
+    lambda t: "\ufeff" + t.replace("\n", "\r\n"), lambda t: t.encode("utf-16"), lambda t: t.replace("\t", ";"), lambda t: t.replace("\t", " \t "),
+    lambda t: "".join(line + "\t\t\n" for line in t.splitlines()) + "\t\t\n\n", lambda t: t.replace("UCSD", "University of California\u00a0San Diego").encode("cp1252")],
+    ids=["mark", "utf-16", "semicolons", "blanks", "empty columns", "cp1252"])
+def test_tables_saved_elsewhere_give_the_same_cohort(tree, dress):
+    plain = read_cohort(Store(tree))
+    for name in (PEOPLE, MANIFEST):
+        text = dress((tree/name).read_text())
+        replace(tree/name, text if isinstance(text, bytes) else text.encode())
+    other = read_cohort(Store(tree))
+    assert other.table.equals(plain.table) and other.card == plain.card
+
+
+@pytest.mark.parametrize("name, column, spelling", [
+    (MANIFEST, "laterality", dict(R=["OD", "od", "RE", "Right", "right eye", "r"], L=["OS", "LE", "left", " l ", "Left_Eye", "Oculus sinister"])),
+    (MANIFEST, "laterality", dict(R=["", "unknown_laterality"], L=["n/a", "Not reported"])),                # told by the file's name
+    (MANIFEST, "anatomic_region", {"Macula": ["macula", "MACULA ", "Macular"], "Optic Disc": ["optic_disc", "Disc", "ONH", "optic nerve head"],
+                                   "Macula, 6 x 6": ["Macula 6x6", "macula_6x6", "Macula, 6 × 6 mm"]}),
+    (MANIFEST, "manufacturer", dict(Topcon=["TOPCON", "Topcon Corporation"], Zeiss=["Carl Zeiss Meditec", "zeiss"], Heidelberg=["Heidelberg Engineering"])),
+    (MANIFEST, "manufacturers_model_name", dict(Maestro2=["maestro 2", "3D OCT-1 Maestro2"], Triton=["DRI OCT Triton"], Cirrus=["CIRRUS HD-OCT"])),
+    (MANIFEST, "height", {"44": ["44.0", "44"]}), (MANIFEST, "imaging", dict(OCT=["oct", "Optical Coherence Tomography"])),
+    (PEOPLE, "recommended_split", dict(train=["Training", "TRAIN"], val=["validation", "Valid"], test=["Testing", "test "])),
+    (PEOPLE, "study_group", dict(healthy=["Healthy", "HEALTHY"], insulin_dependent=["Insulin Dependent", "insulin-dependent", "insulin"],
+                                 pre_diabetes_lifestyle_controlled=["Pre-Diabetes / Lifestyle Controlled".replace(" / ", " "), "pre diabetes"],
+                                 oral_medication_and_or_non_insulin_injectable_medication_controlled=[
+                                     "Oral Medication and/or Non-Insulin Injectable Medication Controlled"])),
+    (PEOPLE, "clinical_site", dict(UW=["uw", "University of Washington"], UAB=["University of Alabama at Birmingham"])),
+    (PEOPLE, "retinal_oct", dict(TRUE=["True", "true", "1", "yes", "T"], FALSE=["False", "0", "no"]))])
+def test_other_words_of_the_same_meaning(tree, name, column, spelling):
+    choices = [Choice(), Choice(device="any", region="any", eye="L"), Choice(device="any", region="disc", radial=True)]
+    def cohorts(): return [read_cohort(Store(tree), c, max_lost=1) if c.region != "disc" else read_volumes(tree, c) for c in choices]
+    plain = cohorts()
+    before = (tree/name).read_bytes()
+    spell(tree, name, column, spelling)
+    assert (tree/name).read_bytes() != before
+    for was, now in zip(plain, cohorts()): assert now.table.equals(was.table)
+
+
+def read_volumes(tree, choice):
+    "The cohort whatever is missing from it."
+    try: return read_cohort(Store(tree), choice, max_lost=1)
+    except CohortError as e: return e.cohort
+
+
+@pytest.mark.parametrize("folder", ["Topcon_Maestro2", "topcon-maestro2", "maestro2", "Topcon Maestro2"])
+def test_another_spelling_of_a_device_folder(tree, folder):
+    plain = read_cohort(Store(tree)).table
+    (tree/FOLDER/"topcon_maestro2").rename(tree/FOLDER/folder)
+    edit(tree, MANIFEST, lambda t: t.assign(filepath=t["filepath"].str.replace("topcon_maestro2", folder)))
+    other = read_cohort(Store(tree)).table
+    assert set(other["device"]) == {"topcon_maestro2"} and other["key"].str.contains(f"/{folder}/").all()
+    assert other.drop(columns=["key", "etag"]).equals(plain.drop(columns=["key", "etag"]))
+
+
+@pytest.mark.parametrize("name, column, value, choices", [
+    (MANIFEST, "laterality", "OU", "choose from 'R', 'L'"), (MANIFEST, "laterality", "O", "choose from 'R', 'L'"), (MANIFEST, "laterality", "rechts", "choose from"),
+    (MANIFEST, "anatomic_region", "Cornea", "choose from 'Macula', 'Optic Disc', 'Wide Field'"), (MANIFEST, "anatomic_region", "", "choose from"),
+    (MANIFEST, "manufacturer", "Nidek", "choose from 'heidelberg'"), (MANIFEST, "manufacturers_model_name", "Maestro", "choose from"),
+    (MANIFEST, "imaging", "Fundus", "choose from 'OCT'"), (MANIFEST, "height", "44.5", "a whole number from 1"), (MANIFEST, "number_of_frames", "0", "a whole number"),
+    (MANIFEST, "width", "1,024", "a whole number"), (PEOPLE, "recommended_split", "holdout", "choose from 'train', 'val', 'test'"),
+    (PEOPLE, "study_group", "diabetes", "choose from 'healthy'"), (PEOPLE, "clinical_site", "", "choose from 'UW'"), (PEOPLE, "retinal_oct", "maybe", "choose from 'TRUE', 'FALSE'"),
+    (PEOPLE, "age", "", "a number from 0 to 120"), (PEOPLE, "age", "n/a", "a number"), (PEOPLE, "age", "999", "a number from 0 to 120"), (PEOPLE, "age", "1,234", "a number"),
+    (PEOPLE, "age", "fifty", "a number"), (PEOPLE, "age", "40-49", "a number")])
+def test_unknown_words_and_numbers_are_named_with_file_column_rows_and_choices(tree, name, column, value, choices):
+    people = pd.read_csv(tree/PEOPLE, sep="\t", dtype=str)
+    rows = (people.index[people["retinal_oct"] == "TRUE"] if name == PEOPLE else pd.RangeIndex(9))[[3, 5]]
+    edit(tree, name, lambda t: t.assign(**{column: t[column].mask(t.index.isin(rows), value)}))
+    with pytest.raises(ValueError) as caught: read_cohort(Store(tree))
+    said = str(caught.value)
+    assert said.startswith(f"{name}, column '{column}': row {rows[0] + 2} {value!r}, row {rows[1] + 2} {value!r}: ") and choices in said
+
+
+def test_ages_are_read_where_they_are_certain(tree):
+    plain = read_cohort(Store(tree)).table.set_index("participant")["age"]
+    who = plain.index[[0, 1, 2]]
+    ages = dict(zip(who, ["89+", "57,5", " 61 "]))
+    without = pd.read_csv(tree/PEOPLE, sep="\t", dtype=str).query("retinal_oct == 'FALSE'")["participant_id"]
+    edit(tree, PEOPLE, lambda t: t.assign(age=[ages.get(p, "n/a" if p in set(without) else a) for p, a in zip(t["participant_id"], t["age"])]))
+    age = read_cohort(Store(tree)).table.set_index("participant")["age"]
+    assert age[who].tolist() == [89, 57.5, 61] and age.drop(who).equals(plain.drop(who).astype(float))
+
+
+def test_a_manifest_whose_columns_contradict_its_folders_is_refused(tree):
+    edit(tree, MANIFEST, lambda t: t.assign(manufacturers_model_name=t["manufacturers_model_name"].mask(t.index == 4, "Cirrus")))
+    with pytest.raises(ValueError, match=r"'manufacturers_model_name': 1 rows lie in another device's folder, first row 6: 'Cirrus' in the folder"): read_cohort(Store(tree))
+
+
+def test_sizes_that_are_no_plain_numbers_cost_nothing(tree):
+    plain = read_cohort(Store(tree)).table
+    spell(tree, MANIFEST, "pixel_spacing", {"[0.0026, 0.0117]": ["0.0026\\0.0117", "[0,0026, 0,0117]", "0.0026", "Varies by frame", "0,0026", "[0.0026; 0.0117]"]})
+    spell(tree, MANIFEST, "slice_thickness", {"0.0469": ["0,0469", "n/a", "0.0469"]})
+    edit(tree, MANIFEST, lambda t: t.assign(number_of_frames="Not reported"))
+    table = read_cohort(Store(tree)).table
+    assert set(table["axial_mm"].dropna()) == {0.0026} and set(table["lateral_mm"].dropna()) == {0.0117} and set(table["slice_mm"].dropna()) == {0.0469}
+    assert 0 < table["axial_mm"].isna().sum() < len(table) and table["frames"].isna().all()
+    assert table["key"].tolist() == plain["key"].tolist()
 
 
 def test_the_choice_of_a_volume_is_kept_and_counts(tree):
@@ -173,8 +281,10 @@ SYNTAX = {"cut raw": ExplicitVRLittleEndian, "cut rle": RLELossless, "cut jpeg20
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("cut raw", "bytes of pixel data is less"), ("cut rle", "frame|pixel"), ("cut jpeg2000", "frame|pixel"), ("empty", "Invalid"), ("no pixels", "holds no pixel data"), ("constant", "constant"), ("half", "B-scans have a single value"),
-    ("other syntax", "JPEG-LS.* cannot be decoded here, install"), ("relabelled", "pixel"), ("colour", "MONOCHROME2 is needed"), ("few", "tiny: 2x")])
+    ("cut raw", "the file is cut short"), ("cut rle", "ends within them"), ("cut jpeg2000", "ends within them"), ("empty", "no DICOM file"),
+    ("no pixels", "holds no pixel data"), ("constant", "constant"), ("half", "B-scans have a single value"),
+    ("other syntax", "JPEG-LS.* cannot be decoded here, install"), ("relabelled", "no pixel data|the pixel data hold"),
+    ("colour", "MONOCHROME2 is needed"), ("few", "the header says 2 frames of .*, the pixel data hold")])
 def test_a_broken_file_stands_in_the_ledger_with_its_reason(tree, kind, words):
     cohort = read_cohort(Store(tree))
     wanted = SYNTAX.get(kind, ExplicitVRLittleEndian)
@@ -220,6 +330,21 @@ def test_the_recorded_quantile_gives_up_on_large_volumes():
     at_top = [float((Preprocess((8, 32, 32), "recorded", "stored")(v) == 1).float().mean()) for v in (small, large)]
     assert at_top[0] == pytest.approx(0.01, abs=2e-3) and at_top[1] < 0.005
     assert RECORDED_PREPROCESS.name != Preprocess().name
+
+
+def test_the_fingerprint_is_of_what_the_volumes_hold(tree, tmp_path):
+    before = read_cohort(Store(tree))
+    copy = Path(shutil.copytree(tree, tmp_path / "elsewhere"))
+    there = read_cohort(Store(copy))
+    assert there.card["fingerprint"] == before.card["fingerprint"]
+    assert there.table["etag"].tolist() == before.table["etag"].tolist()
+    path = copy / there.table["key"].iloc[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)                                  # the same size, one bit of one voxel
+    after = read_cohort(Store(copy))
+    assert after.card["fingerprint"] != before.card["fingerprint"]
+    assert (after.table["etag"] != before.table["etag"]).tolist() == [True] + [False] * (len(after.table) - 1)
 
 
 def test_tensors_come_from_the_cache_the_second_time_and_from_anew_when_the_file_changes(tree):

@@ -13,7 +13,8 @@ SMALL = dict(epochs=1, max_clips=32, batch_size=8, micro_batch=0, data="data/end
 HALF = ("02", "03", "04", "06")      # run in the precision they ask for; convolutions in half precision take minutes on a CPU
 VJEPA = dict(backbone="weights/vjepa2")
 OWN = {"17": dict(probe_epochs=1, held_out=0.3, n_frames=8), "videomae": dict(backbone="weights/videomae"), "dinov3": dict(backbone="weights/dinov2"),
-       "15": dict(window=[0, 2, 2]), "13": dict(size=64, dim=48, layers=3, heads=2, window=2), "14": dict(frames="weights/swin", upper=2), "larger": dict(size=96)}
+       "15": dict(window=[0, 2, 2]), "13": dict(size=64, dim=48, layers=3, heads=2, window=2), "14": dict(frames="weights/swin", upper=2), "larger": dict(size=96),
+       "vjepa21_b": dict(backbone="weights/vjepa21.pt"), "vjepa21_l": dict(backbone="weights/vjepa21"), "vjepa21_l_levels": dict(backbone="weights/vjepa21.pt")}
 FILES = sorted(p.relative_to(ROOT/"params").as_posix() for p in (*(ROOT/"params").glob("[01]*.yaml"), *(ROOT/"params/18").glob("*.yaml")))
 
 def notebook_of(file: str) -> Path:
@@ -39,8 +40,13 @@ def run_page(project, page, values, log):
 
 def save_backbones(folder):
     from transformers import Dinov2Config, Dinov2Model, Swinv2Config, Swinv2Model, VideoMAEConfig, VideoMAEModel, VJEPA2Config, VJEPA2Model
+    from cvslab.checkpoints import to_file
+    from cvslab.vjepa import VJEPA21Config, VJEPA21Model
     wide = dict(hidden_size=48, num_hidden_layers=4, num_attention_heads=2)
     VJEPA2Model(VJEPA2Config(**wide, crop_size=64, frames_per_clip=16, pred_hidden_size=24, pred_num_hidden_layers=1, pred_num_attention_heads=1)).save_pretrained(folder/"vjepa2")
+    VJEPA21Model(VJEPA21Config(**wide | dict(num_hidden_layers=12), crop_size=64)).save_pretrained(folder/"vjepa21")
+    to_file(folder/"vjepa21", folder/"vjepa21.pt")
+    (folder/"vjepa21.pt.json").write_text('{"heads": 2, "size": 64}')
     VideoMAEModel(VideoMAEConfig(**wide, image_size=32, num_frames=16, intermediate_size=96)).save_pretrained(folder/"videomae")
     Dinov2Model(Dinov2Config(**wide, image_size=28, patch_size=14)).save_pretrained(folder/"dinov2")
     Swinv2Model(Swinv2Config(image_size=64, patch_size=4, embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4)).save_pretrained(folder/"swin")

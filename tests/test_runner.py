@@ -126,6 +126,32 @@ def test_all_that_is_wrong_is_told_at_once(small):
         assert said in out, out
     assert "90a" not in out
 
+def test_a_page_looks_into_the_files_that_papermill_read(small):
+    write(small, "90a.yaml", epochs=2)
+    (small/"params/90b.yaml").write_text("epochs: 2\nepochs: 64\n")
+    (small/"params/90c.yaml").write_text("seed: 010\n")
+    def page(*args):
+        cmd = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/90_tiny.ipynb", "page.ipynb", *args]
+        job = subprocess.run(cmd, cwd=small, capture_output=True, text=True)
+        return job.returncode, runner.why(job.returncode, small, job.stdout + job.stderr)[0] + job.stderr
+    assert page("-f", "params/90a.yaml", "-r", "name", "007")[0] == 0 and (small/"outputs/90_tiny/007").is_dir()
+    code, said = page("-f", "params/90a.yaml", "-f", "params/90b.yaml", "--parameters_file", str(small/"params/90c.yaml"), "-p", "name", "007")
+    assert code == 1 and len(list((small/"outputs/90_tiny").iterdir())) == 1
+    for words in ("params/90b.yaml: `epochs` stands twice, in lines 1 and 2", "90c.yaml: 010 in line 1 is the number 8 to YAML", "Pass `-r name 007`"): assert words in said, said
+
+def test_a_full_disk_of_the_log_ends_no_study(small, monkeypatch):
+    job, = runner.plan([write(small, "90a.yaml")])
+    attempt = runner.Attempt.__new__(runner.Attempt)
+    attempt.job, attempt.rows = job, [dict.fromkeys(runner.ATTEMPTS) | dict(epochs_after=0)]
+    job.dir.mkdir(parents=True)
+    (job.dir/"history.csv").write_text("epoch\n1\n")
+    def full(*_): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(runner, "save", full)
+        assert attempt.look() and attempt.rows[0]["epochs_after"] == 1
+    attempt._write()
+    assert log(small, "90a-s0")["epochs_after"].tolist() == [1]
+
 def test_a_machine_file_and_seeds_go_on_top(small):
     write(small, "90a.yaml", epochs=2, seed=7)
     (small/"params/machines").mkdir()
@@ -138,7 +164,7 @@ def test_a_machine_file_and_seeds_go_on_top(small):
 
 def test_a_folder_that_holds_another_run_stops_the_plan(small):
     finished(small, write(small, "90a.yaml", epochs=1))
-    assert done("90a.yaml") == (0, done("90a.yaml")[1]) and "finished" in done("90a.yaml", "--dry-run")[1]
+    assert done("90a.yaml")[0] == 0 and "finished" in done("90a.yaml", "--dry-run")[1]
     write(small, "90a.yaml", epochs=2)
     code, out = done("90a.yaml")
     assert code == 2 and "outputs/90_tiny/90a-s0 holds another run (epochs 1 there, 2 asked)" in out
@@ -176,8 +202,8 @@ def test_planted_failures_each_end_as_described(small):
     assert ended["90connection-s0"] == ([1, 0], "ConnectionResetError: planted")
     assert ended["90killed-s0"] == ([138, 0], "its kernel died")
     full = folder(small, "full-s0")
-    assert "the disk is full" in log(small, "full-s0")["reason"].iloc[0] and len(pd.read_csv(full/"history.csv")) == 1 and not list(full.glob(".*.tmp.*"))
-    assert "2 of 5 runs are not finished" in out and all(said in out.split("not finished")[1] for said in ("planted in epoch 2", "disk is full"))
+    assert "the disk of outputs/90_tiny/full-s0 is full" in log(small, "full-s0")["reason"].iloc[0] and len(pd.read_csv(full/"history.csv")) == 1 and not list(full.glob(".*.tmp.*"))
+    assert "2 of 5 runs are not finished" in out and all(said in out.split("not finished")[1] for said in ("planted in epoch 2", "full-s0 is full"))
     (small/"sitecustomize.py").unlink()
     code, out = done("90.yaml", "90/full.yaml", "90connection.yaml", "--jobs", 2)          # room again: the full one goes on, the others rest
     assert code == 0 and list(log(small, "full-s0")["epochs_before"]) == [0, 1] and len(log(small, "90-s0")) == 1

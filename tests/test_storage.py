@@ -8,8 +8,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from s3_server import KEYS, client, moto, proxy, upload, use
 
-from cvslab.core import Ledger
-from cvslab.storage import Store, StorageError
+from cvslab import runner
+from cvslab.core import Ledger, ParameterError, root
+from cvslab.oct_models import check_checkpoint
+from cvslab.storage import Mirror, Store, StorageError
 
 FILES = {"participants.tsv": b"a\tb\n", **{f"oct/{i:02d}.dcm": bytes([i]) * (20_000 + i) for i in range(24)}}
 
@@ -116,6 +118,66 @@ def test_each_refusal_names_its_reason(server, monkeypatch):
     assert refusal("s3://eyes/data/v2", tries=4).kind == "unreachable"
     use(monkeypatch, "http://no-such-host.invalid")
     assert refusal("s3://eyes/data/v2", tries=2).kind == "unreachable"
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "s3:///data/v2", "s3://eyes//data", "s3://eyes/data//v2", "s3:/eyes/data", "s3:eyes", "gs://", "gs:///x", "s3://ey es/data",
+                                 "s3://eyes/da\nta", "s3://eyes/data\r", "s3://eyes/\x07", "s3://eyes/'data'", 's3://"eyes/data"', "s3://ey:es/data"])
+def test_a_url_that_names_no_place_is_refused_before_anything_is_asked(server, store, url, monkeypatch):
+    with pytest.raises(ValueError, match=r"names no bucket|empty part|no URL of a bucket|control character|stands in quotes"): Store(url)
+    monkeypatch.setenv("CVSLAB_MIRROR", url)
+    with pytest.raises(ValueError): Mirror.of(root()/"outputs/10_lora/x")
+    with pytest.raises(ParameterError, match="data="): runner.plan(["31.yaml"], values=dict(data=url))
+    assert not store.front.seen
+
+
+@pytest.mark.parametrize("key", ["oct/07.dcm\n", "oct/\r07.dcm", "a\tb", "\x00", "oct/\x7f", '"oct/07.dcm"', "'oct/07.dcm'"])
+def test_a_key_that_is_none_is_named_without_a_request(server, store, key):
+    for ask in (store.read, store.get, store.first, lambda k: store.read(k, "etag"), lambda k: store.fetch(k, "nowhere")):
+        with pytest.raises(StorageError, match="control character|stands in quotes") as caught: ask(key)
+        assert caught.value.kind == "missing" and repr(key)[1:-1] in str(caught.value)
+    assert not store.front.seen
+
+
+@pytest.mark.parametrize("key", ["a b.txt", "ä#2.txt", "it's.txt", 'say "a".txt', "a//b.txt", "50%20.txt", "a+b?.txt", "[0]*.txt"])
+def test_an_odd_key_that_is_one_is_read(server, store, key):
+    client(server[0]).put_object(Bucket="eyes", Key=f"odd/{key}", Body=b"here")
+    odd = Store("s3://eyes/odd")
+    assert odd.read(key) == b"here" and key in odd.list()["key"].tolist() and odd.first(key) == (b"here", 4)
+
+
+@pytest.mark.parametrize("storage_class", ["GLACIER", "DEEP_ARCHIVE"])
+def test_an_archived_object_is_named_with_its_remedy_and_asked_once(server, store, storage_class):
+    client(server[0]).put_object(Bucket="eyes", Key="data/v2/cold", Body=b"cold", StorageClass=storage_class)
+    try:
+        for ask in (store.read, store.first):
+            store.front.seen.clear()
+            with pytest.raises(StorageError, match="archive.*restore-object") as caught: ask("cold")
+            assert caught.value.kind == "forbidden" and verbs(store.front) == ["HEAD", "GET"]
+    finally: client(server[0]).delete_object(Bucket="eyes", Key="data/v2/cold")
+
+
+def test_a_requester_pays_refusal_is_named_and_the_payer_is_said(server, monkeypatch):
+    with proxy(server[0], fail=1.0, statuses=("Access Denied",)) as front:
+        use(monkeypatch, front.endpoint)
+        error = refusal("s3://eyes/data/v2")
+        assert error.kind == "forbidden" and "AWS_REQUEST_PAYER=requester" in str(error) and len(front.seen) == 1
+    with proxy(server[0]) as front:
+        use(monkeypatch, front.endpoint)
+        monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+        payer = Store("s3://eyes/data/v2")
+        payer.check("participants.tsv")
+        assert payer.read("participants.tsv") and len(payer.list()) == len(FILES)
+        assert {headers.get("x-amz-request-payer") for _, _, headers in front.seen} == {"requester"}
+
+
+def test_a_checkpoint_in_a_bucket_is_known_by_its_first_bytes(server, store, monkeypatch):
+    for name, body, words in (("page.pt", b"<!DOCTYPE html>", "a web page"), ("pointer.pt", b"version https://git-lfs", "a pointer"), ("none.pt", b"", "an empty file")):
+        client(server[0]).put_object(Bucket="eyes", Key=f"ckpt/{name}", Body=body)
+        with pytest.raises(ParameterError, match=f"checkpoint {name} is {words}"): runner.plan(["31.yaml"], values=dict(data="demo", checkpoint=f"s3://eyes/ckpt/{name}"))
+    client(server[0]).put_object(Bucket="eyes", Key="ckpt/big.pt", Body=b"PK\x03\x04" + bytes(10**6))
+    store.front.seen.clear()
+    check_checkpoint("s3://eyes/ckpt/big.pt")
+    assert [h.get("Range") for v, _, h in store.front.seen if v == "GET"] == ["bytes=0-511"]
 
 
 def test_wrong_and_absent_keys_are_refused(server, monkeypatch, tmp_path):
