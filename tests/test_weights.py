@@ -97,7 +97,7 @@ def change(folder, **values):
 
 @pytest.mark.parametrize("values, words", [
     (dict(architectures=None), "names no `architectures`.*VJEPA2Model"), (dict(architectures=[]), "names no `architectures`"),
-    (dict(architectures=["BertModel"]), "holds a BertModel, which reads input_ids and no pixels"), (dict(hidden_size="wide"), "config.json of backbone .* is not that of a VJEPA2Model")])
+    (dict(architectures=["BertModel"]), "holds a BertModel, which reads input_ids and no pixels"), (dict(hidden_size="wide"), "config.json of backbone .* is not that of VJEPA2Model")])
 def test_a_config_of_something_else_is_named(folder, values, words):
     change(folder, **values)
     named_everywhere(folder, words, ValueError)
