@@ -1032,7 +1032,7 @@ def save_frames(model: VideoClassifier, folder: str) -> str:
             f"a {type(model.backbone).__name__} has no whole SwinV2 to save: train one with arm frames or swincvs"
         )
     place, swin = check_frames_folder(folder), model.backbone.frames
-    swin.config.pixels = model.spec["pixels"] or "imagenet"
+    swin.config.pixels = model.spec["pixels"] or getattr(swin.config, "pixels", "imagenet")
     with tempfile.TemporaryDirectory() as half:
         swin.save_pretrained(half)
         for name in ("model.safetensors", "config.json"):
