@@ -1,6 +1,5 @@
 "V-JEPA 2 and 2.1 against Meta's own tokens, against a plain second implementation on many grids, and in everything the library does to an encoder."
-import copy, math, os
-from pathlib import Path
+import copy, math
 
 import numpy as np
 import pytest
@@ -27,9 +26,9 @@ def made(newer: bool, **changes):
             if "norm" in name: p.add_(torch.randn_like(p)*0.2)
     return model
 
-# vectors of Meta's code: `<name>.npz` beside `<name>.pt`; more of them may lie in the folder that CVSLAB_VECTORS names
+# vectors of Meta's code on random weights: `<name>.npz` beside `<name>.pt`
 
-VECTORS = sorted({p.name: p for folder in (os.environ.get("CVSLAB_VECTORS"), ROOT/"tests/data") if folder for p in Path(folder).glob("vjepa2*.npz")}.values())
+VECTORS = sorted((ROOT/"tests/data").glob("vjepa2*.npz"))
 
 @pytest.mark.parametrize("file", VECTORS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-6), (torch.float32, 3e-4)], ids=["float64", "float32"])
