@@ -254,15 +254,18 @@ def rates_proof(model, recipe: Recipe, lr: dict[str, float], weight_decay: float
                  seen == {name: [rate] for name, rate in lr.items()} and decays == [weight_decay])
 
 def schedule_proof(recipe: Recipe, items: int, warmup_epochs: float, floor: float) -> Proof:
-    "Proof that the rates warm up and fall as asked, by the share of the peak at the first step, the highest, and the end of a training on `items` clips."
+    "Proof that the rates warm up and fall as asked, by their share of the peak at moments of a training on `items` clips."
     steps = items // recipe.batch_size
-    schedule = _schedule(torch.optim.SGD([dict(params=[torch.zeros(1)], name="head")], lr=1.), replace(recipe, begins={}), steps)
-    share, total, warm = schedule.lr_lambdas[0], recipe.epochs*steps, round(warmup_epochs*steps)
-    seen, asked = [share(0), share(warm), share(total)], [float(not warm), 1., floor]
-    says = "constant" if asked == [1., 1., 1.] else f"a warm-up of {warmup_epochs:g} epochs, a cosine to {floor:g} of the peak"
-    between = share((warm + total)/2)                                # half way down
-    return Proof("schedule", says, f"{seen[0]:g} of the peak at first, {seen[1]:g} after {warm} steps, {between:g} half way, {seen[2]:g} at the end of {total}",
-                 bool(np.allclose([*seen, between], [*asked, (1 + floor)/2], atol=1e-6)))
+    optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], name="head")], lr=1.)
+    share = _schedule(optimizer, replace(recipe, begins={}), steps).lr_lambdas[0]
+    total, warm = recipe.epochs*steps, round(warmup_epochs*steps)
+    rising = {"at first": (0, float(not warm)), "half way": (total/2, total/2/warm if warm else 1.), "at the end": (total, total/warm if warm else 1.)}
+    falling = {"at first": (0, float(not warm)), f"after {warm} steps": (warm, 1.), "half way down": ((warm + total)/2, (1 + floor)/2), "at the end": (total, floor)}
+    asked = rising if warm >= total else falling                     # a short training may end while the rates still rise
+    seen = {when: share(step) for when, (step, _) in asked.items()}
+    says = "constant" if floor == 1 and not warm else f"a warm-up of {warmup_epochs:g} epochs, a cosine to {floor:g} of the peak"
+    words = ", ".join(f"{value:.3g} of the peak {when}" for when, value in seen.items())
+    return Proof("schedule", says, f"{words} ({total} steps)", bool(np.allclose([*seen.values()], [value for _, value in asked.values()], atol=1e-6)))
 
 def loss_shares_proof(recipe: Recipe, shares: Sequence[float], classes: int = 3) -> Proof:
     "Proof that in each epoch the last frame's own head has its share of the loss in `shares` (the last one stays), the logits the rest: by the gradients of both heads."
