@@ -670,6 +670,11 @@ class Run:
     @property
     def demo(self) -> bool: return self.data["demo"]
 
+    def scored_on(self, data: dict) -> bool:
+        "Whether the card `data` is of what this run was scored on: masks of one's own are for training alone, and may differ."
+        mine, theirs = ({k: v for k, v in card.items() if k != "masks"} for card in (self.data, data))
+        return mine == theirs
+
     @property
     def finished(self) -> bool: return (self.dir/"metrics.json").exists()
 

@@ -139,7 +139,9 @@ def _files(folder: Path, suffixes: tuple) -> dict[str, str]:
 
 def _lines(path: Path) -> list[str]:
     "The lines of a text file that are not empty, in whatever coding."
-    table = read_table(path.read_bytes(), path.name)
+    if not (data := path.read_bytes()).strip():
+        raise ValueError(f"{path.name} is empty")
+    table = read_table(data, path.name)
     return [" ".join(row) for row in [table.columns, *table.values.tolist()]]
 
 def _number_lines(path: Path, **limits) -> list[float]:
@@ -340,13 +342,20 @@ def _parsed(file: str, data: bytes) -> dict:
     return coco
 
 def _keys(file: str, coco: dict, what: str, *keys: str) -> list[dict]:
-    "The list `what` of a COCO file, whose entries must have the `keys`."
+    "The list `what` of a COCO file, whose entries must have the `keys`, and another `id` each where that is one of them."
     entries = coco.get(what, [])
+    odd = [i for i, entry in enumerate(entries) if not isinstance(entry, dict)]
+    if odd:
+        first = f"{what}[{odd[0]}] is {str(entries[odd[0]])[:60]!r}"
+        raise ValueError(f"{file}: {len(odd)} of {len(entries)} {what} are no entries with keys: {first}")
     for key in keys:
         bare = [i for i, entry in enumerate(entries) if key not in entry]
         if bare:
             which = f"{len(bare)} of {len(entries)} {what} lack the key {key!r}"
             raise ValueError(f"{file}: {which} (the first is {what}[{bare[0]}])")
+    ids = pd.Series([str(entry["id"]) for entry in entries] if "id" in keys else [], dtype=str)
+    if len(twice := ids[ids.duplicated()].unique()):
+        raise ValueError(f"{file}: {what} have the ids {_some(twice)} more than once: which one is meant cannot be told")
     return entries
 
 def _last(file_name: str) -> str:
@@ -480,8 +489,11 @@ def rle_to_mask(rle: dict) -> np.ndarray:
     if not isinstance(rle, dict): raise ValueError(f"a mask must be given as run lengths, not as {type(rle).__name__}")
     if not {"size", "counts"} <= set(rle):
         raise ValueError(f"run lengths need size and counts: these have {sorted(rle)}")
-    (height, width), counts = rle["size"], rle["counts"]
-    runs = counts if isinstance(counts, list) else _run_lengths(counts)
+    size, counts = rle["size"], rle["counts"]
+    if not _flat(size) or len(size) != 2 or not (isinstance(counts, str) or _flat(counts)):
+        raise ValueError(f"run lengths need size as two numbers and counts as text or numbers: size is {size!r}, counts "
+                         f"begin with {str(counts)[:30]!r}")
+    (height, width), runs = size, counts if isinstance(counts, list) else _run_lengths(counts)
     if sum(runs) != height*width or min(runs) < 0: raise ValueError(f"run lengths of {sum(runs)} pixels do not fill a mask of {height} x {width}")
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
@@ -507,7 +519,25 @@ def _region(segmentation, image: dict) -> np.ndarray:
     for corners in segmentation:
         if not _flat(corners) or len(corners) < 6 or len(corners) % 2:
             raise ValueError(f"a polygon needs three or more corners as x, y, x, y ...: it is {str(corners)[:60]}")
+    corners = np.concatenate([np.reshape(c, (-1, 2)) for c in segmentation])
+    _check_pixels("a polygon's corners", corners.min(axis=0), corners.max(axis=0), width, height)
     return np.any([_polygon(corners, height, width) for corners in segmentation], axis=0)
+
+def _check_pixels(what: str, low, high, width: int, height: int):
+    "`ValueError` where what reaches from `low` to `high` (x, y) does not lie in its picture, or is a share of it."
+    (left, top), (right, bottom) = low, high
+    if left >= width or top >= height or right <= 0 or bottom <= 0 or max(right, bottom) <= 1:
+        where = f"from {left:g}, {top:g} to {right:g}, {bottom:g}"
+        raise ValueError(f"{what} lie {where}, not in its picture of {width} x {height}: they must be in pixels")
+
+def _box_inside(box: list[float], height: int, width: int) -> list[float]:
+    "A box `x, y, w, h` of a picture; `ValueError` where it lies beside it or reaches far beyond."
+    x, y, w, h = box
+    _check_pixels("a box's corners", (x, y), (x + w, y + h), width, height)
+    if x + w > 1.1*width or y + h > 1.1*height:
+        raise ValueError(f"the box {box} ends far outside of its picture of {width} x {height}: it must be x, y, width "
+                         "and height, not two corners")
+    return box
 
 def _size(image: dict) -> tuple[int, int]:
     "Height and width that a COCO file says of an image."
@@ -548,6 +578,10 @@ def _label_map(tree: Path) -> np.ndarray:
         raise ValueError(f"seg_label_map.txt has lines with a number and lines without: {_some(lines)}")
     first = 0 if names[0] == CLASSES[0] else 1
     values = range(first, first + len(names)) if all(bare) else [int(number) for number, _ in told]
+    if max(values) > IGNORE:
+        raise ValueError(f"seg_label_map.txt has a number that is no pixel of a mask, 0 to {IGNORE}: {max(values)}")
+    if twice := sorted({v for v, n in zip(values, names) if {m for w, m in zip(values, names) if w == v} != {n}}):
+        raise ValueError(f"seg_label_map.txt gives the numbers {_some(twice)} more than one name each")
     strange = [line for line, name, value in zip(lines, names, values) if name not in CLASSES and value != IGNORE]
     if strange:
         raise ValueError(f"seg_label_map.txt has unknown names: {_some(strange)}; known are {', '.join(CLASSES)}")
@@ -566,6 +600,8 @@ def _picture(path: Path) -> np.ndarray:
         raise ValueError(found)
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format in ("JPEG", "MPO", "WEBP", "JPEG2000"):
+                raise ValueError(f"it is a picture of the format {image.format}, which blurs classes: save it as PNG")
             values, bands = np.asarray(image), image.getbands()
     except UnidentifiedImageError:
         raise ValueError(f"it is no picture: it begins with {data[:8]!r}") from None
@@ -587,7 +623,8 @@ def _classes_of(tree: Path, mask: str) -> tuple[np.ndarray, dict[int, int]]:
         file, box, name = entry.groups()
         image, objects = _objects(tree, file)[name]
         if box:
-            return _fill_boxes(*_size(image), [(a["category"], _box(a, file)) for a in objects]), {}
+            size = _size(image)
+            return _fill_boxes(*size, [(a["category"], _box_inside(_box(a, file), *size)) for a in objects]), {}
         return _paint([(a["category"], _region(a.get("segmentation"), image)) for a in objects]), {}
     values = _picture(tree/mask)
     known = _label_map(tree if mask.startswith("semseg/") else Path("nowhere"))
@@ -869,6 +906,8 @@ def _pack_masks(tree: Path, frames: pd.DataFrame, geometry: str, size: int, thre
     masked = frames[frames["mask"] != ""]
     masks, held = masked["mask"].tolist(), _held_masks(tree, masked["mask"])
     labels = contents(tree, [n for n in ("seg_label_map.txt",) if (tree/n).is_file()])
+    if any(m.startswith("semseg/") for m in masks):
+        _label_map(tree)                                           # what is wrong with it is said once, not for each mask
     path = cache_dir()/"frames"/f"masks_{geometry}{size}_{digest([held, labels, MASKED], 12)}.npy"
     if masks and not (path.exists() and path.with_suffix(".json").exists()):
         with ThreadPoolExecutor(threads) as pool:

@@ -287,6 +287,6 @@ def explore(run: str = "", split: str = "val", max_clips: int = 0, device: str =
     model = load_trained(found) if found else build_model("demo").eval()
     datasets, card = open_datasets(data, replace(protocol, split=split), max_clips=max_clips, masks=True)
     words = f"{rel(found.dir)}, weights of its best epoch" if found else "the demo backbone with an untrained head: no finished run of 10_lora or 02_baseline was found"
-    if found and found.data != card: words += "; its data have changed since"
+    if found and not found.scored_on(card): words += "; its data have changed since"
     recipe = Recipe(losses={}, lr={}, score=None, batch_size=1, device=device)
     return Explorer(model.to(accelerator(recipe).device), datasets, data, split), card, words

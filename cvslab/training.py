@@ -985,7 +985,7 @@ def compare_with(run: Run, experiment: str, name: str = "*", **params):
             if other.dir.resolve() == run.dir.resolve(): continue
             theirs = other.load("metrics.json")
             if any(other.params.get(k) != v for k, v in params.items()): continue
-            if other.data != run.data or protocol_differences(mine, theirs) or mine["n_clips"] != theirs["n_clips"]: continue
+            if not run.scored_on(other.data) or protocol_differences(mine, theirs) or mine["n_clips"] != theirs["n_clips"]: continue
             fitting.append((bool(input_differences(mine, theirs)), len(fitting), other))
         except (OSError, ValueError, KeyError) as e: passed_over(folder, e)
     for _, _, other in sorted(fitting):                              # the same input first, then the newest

@@ -418,6 +418,57 @@ def test_shapes_that_cannot_be_read_are_named(listed, shape, said):
     assert "train_seg/annotation_coco.json#1_175: " in message and said in message
 
 
+@pytest.mark.parametrize("shape, said", [
+    (dict(size=["24", "40"], counts=[960]), "size as two numbers"), (dict(size=None, counts=[960]), "size as two numbers"),
+    (dict(size=[HEIGHT], counts=[960]), "size as two numbers"), (dict(size=[HEIGHT, WIDTH], counts=[None, 960]), "counts as text or numbers"),
+    (dict(size=[HEIGHT, WIDTH], counts=960), "counts as text or numbers"),
+    ([[.1, .1, .5, .1, .5, .5]], "must be in pixels"), ([[0, 0, 1, 0, 1, 1], [.5, .5, .7, .7, .9, .5]], "must be in pixels"),
+    ([[400, 30, 800, 30, 800, 300]], "must be in pixels"), ([[-9, 1, -1, 1, -1, 9]], "must be in pixels")], ids=str)
+def test_shapes_of_other_units_and_types_are_named(listed, shape, said):
+    change(listed/"train_seg/annotation_coco.json", lambda c: c["annotations"][0].update(segmentation=shape))
+    message = refusal(mask_pixels, listed)
+    assert "train_seg/annotation_coco.json#1_175: " in message and said in message
+
+
+@pytest.mark.parametrize("box, said", [([.1, .1, .3, .4], "must be in pixels"), ([300, 5, 20, 10], "must be in pixels"), ([2, -30, 5, 10], "must be in pixels"),
+                                       ([20, 4, 36, 20], "not two corners"), ([1, 20, 5, 24], "not two corners")], ids=str)
+def test_boxes_of_other_units_are_named(listed, box, said):
+    file = "train/annotation_coco.json"
+    change(listed/file, lambda c: c["annotations"][0].update(bbox=box))
+    image = json.loads((listed/file).read_text())["annotations"][0]["image_id"]
+    name = {i["id"]: i["file_name"] for i in json.loads((listed/file).read_text())["images"]}[image].removesuffix(".jpg")
+    message = refusal(read_mask, listed, f"{file}#box:{name}")
+    assert f"{file}#box:{name}: " in message and said in message
+
+
+@pytest.mark.parametrize("what, said", [("images", "images have the ids 7 more than once"), ("categories", "categories have the ids 7 more than once")])
+def test_ids_given_twice_are_refused(listed, what, said):
+    file = listed/"train_seg/annotation_coco.json"
+    change(file, lambda c: [entry.update(id=7) for entry in c[what][:2]] and c[what].append(dict(c[what][0])))
+    assert f"train_seg/annotation_coco.json: {said}" in refusal(read_frames, listed)
+
+
+@pytest.mark.parametrize("what, entry", [("annotations", None), ("annotations", 3), ("images", "1_175.jpg"), ("categories", ["tool"])])
+def test_what_is_no_entry_is_named(listed, what, entry):
+    change(listed/"train_seg/annotation_coco.json", lambda c: c[what].append(entry))
+    assert f"{what} are no entries with keys: {what}[" in refusal(read_frames, listed)
+
+
+@pytest.mark.parametrize("text, said", [("300 tool\n", "0 to 255: 300"), ("256 tool\n0 background\n", "0 to 255: 256"),
+                                        ("0 background\n1 tool\n1 gallbladder\n", "the numbers 1 more than one name")])
+def test_numbers_of_a_label_map_are_pixels_with_one_name(tree, text, said):
+    (tree/"seg_label_map.txt").write_text(text)
+    message = refusal(mask_pixels, tree)
+    assert said in message and "\n" not in message                           # once, not for each mask
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_mask_of_a_format_that_blurs_is_refused(tree, kind):
+    Image.fromarray(mask_of(1, 175)).convert("RGB").save(tree/"semseg/1_175.png", kind)
+    message = refusal(mask_pixels, tree)
+    assert "semseg/1_175.png: " in message and f"the format {kind}" in message
+
+
 def resized(width, height): return Image.fromarray(mask_of(1, 175)).resize((width, height), Image.Resampling.NEAREST)
 
 

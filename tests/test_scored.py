@@ -1,5 +1,6 @@
 "What is scored decides what compares; what a model looks at is said beside it. And AP within each video."
 
+import json
 from dataclasses import asdict, fields, replace
 from itertools import combinations
 
@@ -113,6 +114,25 @@ def test_a_page_takes_the_same_input_first_and_says_what_differs(project, monkey
     )
     run_of(outputs, "14_hybrid", "sixteen", 5, clips=48)
     assert "14_hybrid/newest" in compare_with(mine, "14_hybrid").caption
+
+
+def told(run, **data):
+    "The run, with other words in the card of its data."
+    found = json.loads((run.dir / "params.json").read_text())
+    (run.dir / "params.json").write_text(json.dumps(found | dict(data=found["data"] | data)))
+    return Run.open(run.dir)
+
+
+def test_masks_of_ones_own_are_for_training_and_cost_no_comparison(project, monkeypatch, capsys):
+    monkeypatch.chdir(project)
+    outputs = project / "outputs"
+    pseudo = told(run_of(outputs, "08_multitask", "pseudo", 2), masks="aaaa00001111")
+    run_of(outputs, "02_baseline", "plain", 3)
+    assert "02_baseline/plain" in compare_with(pseudo, "02_baseline").caption
+    others = told(run_of(outputs, "08_multitask", "other", 4), masks="bbbb00001111")
+    assert "08_multitask/other" in compare_with(pseudo, "08_multitask").caption and others.scored_on(pseudo.data)
+    told(Run.open(outputs / "02_baseline/plain"), fingerprint="another")
+    assert compare_with(pseudo, "02_baseline") is None and "no finished run of 02_baseline" in capsys.readouterr().out
 
 
 def test_a_board_ranks_runs_of_other_inputs_and_names_them(tmp_path):
