@@ -202,8 +202,16 @@ def _told(path: Path, given: dict) -> dict:
     "What the caller says about a file, and what the file beside it does; the caller has the last word."
     beside = path.with_name(f"{path.name}.json")
     said = load(beside) if beside.is_file() else {}
+    if not isinstance(said, dict):
+        raise ValueError(f"{rel(beside)} holds a {type(said).__name__}: write {{name: value}} with names of {TOLD}")
     if strange := sorted(set(said) - set(TOLD)):
         raise ValueError(f"{rel(beside)} says {strange}: choose from {TOLD}")
+    for name, value in said.items():
+        kind = str if name == "which" else int
+        if type(value) is not kind:
+            raise ValueError(
+                f"{rel(beside)}: {name} is {value!r}: write {'the name of a part of the file' if kind is str else 'a whole number'}"
+            )
     return said | {k: v for k, v in given.items() if v is not None}
 
 

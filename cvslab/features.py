@@ -101,7 +101,11 @@ def cache_tokens(
             atomic(path, lambda tmp: save_file(dict(tokens=tokens), tmp, note))
     return TokenDataset(dataset, files)
 
-def _reading(backbone) -> list: return [backbone.card] if isinstance(backbone, Encoder) else []    # its weights alone do not tell its pixels and tokens
+def _reading(backbone) -> list:
+    "What makes the tokens of `backbone` beside its weights, which tell neither heads nor pixels."
+    if isinstance(backbone, Encoder):
+        return [backbone.card]
+    return [{k: getattr(backbone.config, k, None) for k in ("num_attention_heads", "layer_norm_eps", "reference_grid")}]
 
 def _size(n): return f"{n/1e9:,.1f} GB" if n >= 1e8 else f"{n/1e6:.1f} MB"
 

@@ -224,7 +224,9 @@ def _configured(name: str, classes: dict = None, **changes):
 
 def check_backbone(name: str, kind: str = "any"):
     "Configuration of the backbone `name` (demo, a folder, a hub id, a `.pt` file) of a `kind` in `KINDS`: proven by headers alone, before anything is loaded."
-    return read_checkpoint(local(name)).config if is_checkpoint(name) else _configured(name, KINDS[kind])[2]
+    if is_checkpoint(name) and kind != "swin":
+        return read_checkpoint(local(name)).config
+    return _configured(name, KINDS[kind])[2]
 
 def _load(name, classes=None, prefix="", **changes):
     "The model `prefix` of the folder `name`, of one of `classes` (any without them), every tensor accounted for; `changes` are of its configuration."
@@ -264,11 +266,14 @@ def load_backbone(name: str, size: int = None, depth: int = None, drop_path: flo
     `size` reads frames of other sizes (rotary positions go on), `depth` keeps the first layers, `drop_path` skips layers at random in
     training (arXiv 1603.09382), `heads` is for a `.pt` file of no released size (`checkpoints`). Raises `FileNotFoundError` where there is
     nothing to load and `ValueError` unless every tensor of the file matches."""
-    config, file = check_backbone(name), is_checkpoint(name)
-    if heads and not file: raise ValueError(f"backbone {name!r} has a config.json, which tells its heads: leave heads out")
-    if not isinstance(config, VJEPA2Config): return _other_encoder(name, size, depth=depth, drop_path=drop_path)
     changes = {k: v for k, v in dict(crop_size=size, drop_path_rate=drop_path).items() if v}
-    model = load_checkpoint(local(name), heads=heads, **changes) if file else _load(name, _VIDEO, "vjepa2", **changes)
+    if is_checkpoint(name):
+        model = load_checkpoint(local(name), heads=heads, **changes)
+    else:
+        config = check_backbone(name)
+        if heads: raise ValueError(f"backbone {name!r} has a config.json, which tells its heads: leave heads out")
+        if not isinstance(config, VJEPA2Config): return _other_encoder(name, size, depth=depth, drop_path=drop_path)
+        model = _load(name, _VIDEO, "vjepa2", **changes)
     layers, patch = len(model.encoder.layer), model.config.patch_size
     if size and size % patch: raise ValueError(f"frames of {size} pixels do not fill patches of {patch}: choose a multiple")
     if depth:
@@ -732,6 +737,7 @@ class Reading(nn.Module):
         depth = video.config.num_hidden_layers
         if bad := [i for i in layers if not 0 <= i < depth - 1]: raise ValueError(f"no middle layers {bad}: choose from 0..{depth - 2}")
         self.video, self.layers, self.centre, self.keep, self.config = video, tuple(layers), centre, keep, video.config
+        self.card = getattr(video, "card", {})                  # of a `.pt` file
 
     def gradient_checkpointing_enable(self, kwargs=None): self.video.gradient_checkpointing_enable(kwargs)
 

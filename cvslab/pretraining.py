@@ -76,8 +76,10 @@ def _take(x, index): return x.gather(1, index[..., None].expand(-1, -1, x.shape[
 # %% ../nbs/lib/11d_pretraining.ipynb #eca0ebc8
 def _vjepa(backbone: nn.Module) -> VJEPA2Model:
     "`backbone`, or `ValueError` where it has no predictor to pretrain with."
-    if isinstance(backbone, Encoder):
-        raise ValueError(f"V-JEPA's objective needs a V-JEPA 2 with its predictor, and this backbone is a {type(backbone.model).__name__}: choose another. "
+    kind = type(backbone.model if isinstance(backbone, Encoder) else backbone).__name__
+    if getattr(backbone, "predictor", None) is None or not backbone.config.pred_num_hidden_layers:
+        why = getattr(backbone, "card", {}).get("left_out", {}).get("predictor", "")
+        raise ValueError(f"V-JEPA's objective needs a V-JEPA 2 with its predictor, and this backbone is a {kind} without one{why and f' ({why})'}: choose another. "
                          "What others pretrained is compared on 02_baseline, by -p backbone")
     return backbone
 
@@ -267,6 +269,7 @@ def random_backbone(like: str, seed: int, folder) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "random weights"))
             VJEPA2Model(_vjepa(load_backbone(like)).config).save_pretrained(folder)
+        save(Path(folder)/"README.md", "---\ndatasets: [random weights]\n---\n")
     return Path(folder)
 
 def join(*datasets: ClipDataset) -> ClipDataset:

@@ -12,7 +12,7 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model
 
-from cvslab import checkpoints, models, vjepa
+from cvslab import checkpoints, models, runner, vjepa
 from cvslab.checkpoints import load_checkpoint, main, read_checkpoint, to_file, to_folder, to_meta
 from cvslab.vjepa import VJEPA21Config, VJEPA21Model, VJEPA2EncoderModel
 
@@ -136,6 +136,33 @@ def test_heads_come_from_a_released_width_and_depth_or_are_told(tmp_path, monkey
     assert model.config.num_attention_heads == 4 and model.card["heads_from"] == "by the width of a released size"
     state = {n: t for n, t in meta(encoder()).items() if ".blocks.1." not in n}
     with pytest.raises(ValueError, match="has 1 blocks, and the released encoder of width 48 has 2"): load_checkpoint(put(tmp_path/"y.pt", encoder=state))
+
+@pytest.mark.parametrize("said, words", [('{"heads": "4"}', "heads is '4': write a whole number"), ('{"heads": true}', "heads is True: write"), ('{"heads": 4.0}', "heads is 4.0"), ('{"heads": 4, "size": "64"}', "size is '64'"),
+                                         ('{"heads": 4, "which": ["encoder"]}', "which is .*write the name of a part"), ("[4]", "holds a list: write"), ('{"heads": null}', "heads is None")])
+def test_a_file_beside_that_says_what_is_no_number_or_name(tmp_path, said, words):
+    file = put(tmp_path/"x.pt", encoder=meta(encoder()))
+    (tmp_path/"x.pt.json").write_text(said)
+    with pytest.raises(ValueError, match=rf"x\.pt\.json:? {words}"): models.check_backbone(str(file))
+
+@pytest.mark.parametrize("newer", [True, False], ids=["2.1", "2"])
+def test_heads_as_an_argument_are_enough(tmp_path, newer):
+    model = models.load_backbone(str(put(tmp_path/"x.pt", encoder=meta(encoder(newer)))), heads=8, size=96)
+    assert (model.config.num_attention_heads, model.config.crop_size, model.card["heads_from"]) == (8, 96, "as said")
+
+def test_a_file_is_no_encoder_of_single_frames(tmp_path):
+    file = str(put(tmp_path/"x.pt", encoder=meta(encoder())))
+    (tmp_path/"x.pt.json").write_text('{"heads": 4, "size": 64}')
+    assert models.check_backbone(file, "vjepa2").crop_size == models.input_size(file) == 64
+    for call in (lambda: models.check_backbone(file, "swin"), lambda: models.input_size(dict(kind="swin", frames=file)), lambda: models.load_frames(file)):
+        with pytest.raises(ValueError, match="give the transformers folder"): call()
+    assert "transformers folder" in runner._missing("frames", file, "swin") and not runner._missing("backbone", file, "vjepa2")
+
+@pytest.mark.parametrize("reading", [None, dict(layers=(0,)), dict(centre=True)])
+def test_the_card_of_a_file_goes_with_the_model(tmp_path, reading):
+    file = put(tmp_path/"x.pt", encoder=meta(encoder()))
+    (tmp_path/"x.pt.json").write_text('{"heads": 4, "size": 64}')
+    model = models.build_model(str(file), lora=dict(rank=2), reading=reading)
+    assert model.backbone.card["key"] == "encoder" and model.backbone.card["heads"] == 4
 
 @pytest.mark.parametrize("name, newer, size", [("vitl.pt", False, 256), ("vitg-384.pt", False, 384), ("vjepa2_1_vitb_dist_vitG_384.pt", True, 384), ("mine.pt", True, 384), ("jepa-e256.pth.tar", True, 384),
                                                ("x_256px.pt", True, 256), ("a_256_384.pt", False, 256), ("run_1000.pt", False, 256)])

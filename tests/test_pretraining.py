@@ -4,9 +4,11 @@ import math, shutil
 import pytest
 import torch
 import transformers as t
+from conftest import ROOT
 from pages import run_page, small
 
-from cvslab import models, pretraining
+from cvslab import models, pretraining, vjepa
+from cvslab.checkpoints import to_file
 from cvslab.pretraining import Along, Pretrainer, along_proof, effective_rank, random_backbone, rankme
 from cvslab.provenance import leakage_of, read_card
 
@@ -55,6 +57,31 @@ def test_other_encoders_have_no_predictor(tmp_path):
     t.ViTModel(t.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)).save_pretrained(tmp_path)
     for call in (lambda: Pretrainer(models.load_backbone(str(tmp_path))), lambda: random_backbone(str(tmp_path), 0, tmp_path/"new")):
         with pytest.raises(ValueError, match="V-JEPA 2 with its predictor, and this backbone is a ViTModel"): call()
+
+@pytest.mark.parametrize("kind, as_file", [("VJEPA2EncoderModel", True), ("VJEPA2EncoderModel", False), ("VJEPA21Model", True), ("VJEPA21Model", False), ("VJEPA2Model", False)])
+def test_a_vjepa_without_a_predictor_is_refused_by_name(tmp_path, kind, as_file):
+    sizes = dict(hidden_size=48, num_hidden_layers=12, num_attention_heads=4, crop_size=64, pred_num_hidden_layers=0)
+    model = dict(VJEPA2EncoderModel=vjepa.VJEPA2EncoderModel, VJEPA21Model=vjepa.VJEPA21Model, VJEPA2Model=t.VJEPA2Model)[kind]
+    model((vjepa.VJEPA21Config if kind == "VJEPA21Model" else t.VJEPA2Config)(**sizes)).save_pretrained(tmp_path/"x")
+    where = tmp_path/"x"
+    if as_file:
+        to_file(where, where := tmp_path/"x.pt")
+        (tmp_path/"x.pt.json").write_text('{"heads": 4, "size": 64}')
+    for call in (lambda: Pretrainer(models.load_backbone(str(where))), lambda: random_backbone(str(where), 0, tmp_path/"drawn")):
+        with pytest.raises(ValueError, match=f"V-JEPA 2 with its predictor, and this backbone is a {kind} without one"): call()
+    assert not (tmp_path/"drawn").exists()
+
+def test_a_file_with_its_predictor_is_pretrained(tmp_path):
+    shutil.copy(ROOT/"tests/data/vjepa2_small.pt", tmp_path/"x.pt")
+    (tmp_path/"x.pt.json").write_text('{"heads": 2}')
+    with pytest.raises(ValueError, match=r"a VJEPA2EncoderModel without one \(.*pred_heads"): Pretrainer(models.load_backbone(str(tmp_path/"x.pt")))
+    (tmp_path/"x.pt.json").write_text('{"heads": 2, "pred_heads": 2, "size": 64}')
+    model = Pretrainer(models.load_backbone(str(tmp_path/"x.pt")))
+    assert model(torch.zeros(2, 4, 3, 64, 64, dtype=torch.uint8))["logits"].isfinite().all()
+
+def test_drawn_weights_have_seen_nothing(tmp_path):
+    card = read_card(random_backbone("demo", 0, tmp_path/"x"))
+    assert leakage_of(card["datasets"], base=card["base_model"]).state == "clean"
 
 def asked(name, **change):
     return small(name, max_clips=24, epochs=2, probe_every=1, probe_epochs=1, held_out=.3, momentum=.5, batch_size=4) | change

@@ -64,6 +64,11 @@ def test_other_pixels_are_other_tokens(clips, monkeypatch):
     monkeypatch.setattr(features, "PIXELS", 0)
     assert clips.tokens().files["plain"][0].parent != first.files["plain"][0].parent
 
+def test_other_heads_are_other_tokens(clips):
+    where = clips.tokens().files["plain"][0].parent
+    clips.model.backbone.config.num_attention_heads *= 2                              # as a file beside a `.pt` may say; its weights are the same
+    assert clips.tokens().files["plain"][0].parent != where
+
 def test_a_file_says_whose_tokens_it_holds(clips):
     tokens = clips.tokens(mirrored=True)
     for view, files in tokens.files.items():
