@@ -25,8 +25,9 @@ from torch.serialization import safe_globals
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .checkpoints import check_weights, weights_kind
 from .core import digest, local, rel
-from .models import AttentionPooler, MeanPooler, check_weights, mlp_head, weights_kind
+from .models import AttentionPooler, MeanPooler, mlp_head
 from .storage import Store
 
 # %% ../nbs/lib/08b_oct_models.ipynb #a75a42ec

@@ -201,10 +201,12 @@ def test_the_older_format_of_torch_is_read_and_refused_alike(tmp_path):
 def test_what_is_no_checkpoint_is_called_that(tmp_path):
     whole = put(tmp_path/"x.pt", encoder=meta(encoder())).read_bytes()
     save_file({"a": torch.ones(2)}, tmp_path/"s.pt")
-    for name, content, says in (("cut.pt", whole[:len(whole)//2], "cut off after"), ("lfs.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-                                ("page.pt", b"<!DOCTYPE html><html>", "<!DOCTYPE html>"), ("empty.pt", b"", "no file of torch.save"), ("s.pt", None, "a safetensors file")):
+    for name, content, says in (("cut.pt", whole[:len(whole)//2], "half a file"), ("lfs.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+                                ("page.pt", b"<!DOCTYPE html><html>", "<!DOCTYPE html>"), ("empty.pt", b"", "an empty file"), ("packed.pt", b"\x1f\x8b" + bytes(600), "a packed archive"), ("keras.pt", b"\x89HDF\r\n" + bytes(40), "of another library"), ("s.pt", None, "a safetensors file")):
         if content is not None: (tmp_path/name).write_bytes(content)
         with pytest.raises(ValueError, match=says): load_checkpoint(tmp_path/name)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path/"program.pt")
+    with pytest.raises(ValueError, match=r"program\.pt is a TorchScript archive"): load_checkpoint(tmp_path/"program.pt")
     torch.save([1], tmp_path/"list.pt")
     with pytest.raises(ValueError, match="holds a list"): load_checkpoint(tmp_path/"list.pt")
     with pytest.raises(FileNotFoundError, match="no file"): models.load_backbone(str(tmp_path/"nothing.pt"))

@@ -9,8 +9,8 @@ from pages import run_page, small
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from cvslab.encoders import Encoder, Pixels
-from cvslab.models import build_model, depth_of, input_size, load_backbone, lora_modules, lora_size, trainable
+from cvslab.encoders import PIXELS, Encoder, Pixels
+from cvslab.models import Normalise, build_model, depth_of, input_size, load_backbone, lora_modules, lora_size, trainable
 
 WIDE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 PLAIN = dict(WIDE, image_size=64, patch_size=16)
@@ -227,6 +227,18 @@ def test_pixels_are_normalised_as_the_folder_says(said, mean, std, saved, tmp_pa
 def test_pixels_as_the_class_is_known_for(name, mean, saved):
     pixels = load_backbone(saved(name)[0]).config.pixels
     assert pixels.mean[0] == pytest.approx(mean) and "no preprocessor_config.json" in pixels.source and pixels != Pixels()
+
+def test_a_frame_encoder_of_this_project_keeps_the_pixels_it_was_trained_on(saved, tmp_path):
+    shutil.copytree(saved("swinv2")[0], tmp_path/"frames")
+    config = json.loads((tmp_path/"frames/config.json").read_text())
+    def say(pixels): (tmp_path/"frames/config.json").write_text(json.dumps(config | dict(pixels=pixels)))
+    video = torch.randint(0, 256, (1, 2, 3, 8, 8), dtype=torch.uint8)
+    for pixels in ("swincvs", "imagenet"):
+        say(pixels)
+        model = build_model(str(tmp_path/"frames"))
+        assert torch.equal(model.normalise(video), Normalise(PIXELS[pixels])(video)) and model.backbone.card["pixels"] == PIXELS[pixels].source
+    say("bgr")
+    with pytest.raises(ValueError, match="says pixels 'bgr': choose from"): build_model(str(tmp_path/"frames"))
 
 def test_what_belongs_to_vjepa_is_refused_by_name(saved):
     folder = saved("dinov2")[0]
