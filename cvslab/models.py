@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from .attention import mask_tokens, set_attention, token_mask
 from .checkpoints import is_checkpoint, load_checkpoint, read_checkpoint
-from .core import Proof, atomic, digest, local, seed_all
+from .core import Proof, atomic, digest, load, local, seed_all
 from .demo import DEMO_BACKBONE
 from .vjepa import VJEPA21Model, VJEPA2EncoderModel, cache_rotary
 from .encoders import LONG_NAMES, PROJECTIONS, Encoder, Pixels, Projection, image_size, layers_in, model_class
@@ -122,6 +122,8 @@ _TABLES = "relative_coords_table|relative_position_index"     # in some old file
 
 KINDS = dict(any=None, vjepa2=_VIDEO, swin=_FRAMES)     # what a parameter may name: any vision encoder, V-JEPA 2 or 2.1, SwinV2
 
+_FLOATS = ("F64", "F32", "F16", "BF16")                 # types of safetensors that are read as weights
+
 def _shards(folder: Path, name: str) -> dict[str, set]:
     "The files of weights of a transformers folder and the tensors each must hold (none named where it stands alone)."
     files, index = sorted(p.name for p in folder.iterdir()), folder / "model.safetensors.index.json"
@@ -174,7 +176,12 @@ def _check_folder(folder: Path, name: str) -> str:
                 raise ValueError(
                     f"a file of torch.save ({kind}), no safetensors: write the folder with `save_pretrained`"
                 )
-            if lost := sorted(tensors - _safetensors_header(folder / file).keys()):
+            header = _safetensors_header(folder / file)
+            packed = sorted({t["dtype"] for n, t in header.items() if n.endswith((".weight", ".bias"))} - set(_FLOATS))
+            if packed:
+                raise ValueError(f"quantised: it holds weights of the type {', '.join(packed)}, which are no numbers "
+                                 f"by themselves; fetch the folder in one of {', '.join(_FLOATS)}")
+            if lost := sorted(tensors - header.keys()):
                 raise ValueError(f"another file than the index means: it lacks {lost[:3]}; fetch the folder again")
         except ValueError as e:
             raise ValueError(f"{file} of backbone {name!r} is {e}") from None
@@ -216,6 +223,8 @@ def _configured(name: str, classes: dict = None, **changes):
     `changes` are of its configuration."""
     place = _find(name)
     kinds = json.loads((Path(place)/"config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if not isinstance(kinds, list) or not all(isinstance(k, str) for k in kinds):
+        raise ValueError(f"config.json of backbone {name!r} has architectures {kinds!r}: a list of class names is needed")
     if not kinds: raise ValueError(f"config.json of backbone {name!r} names no `architectures`: write the folder with `save_pretrained`, or name there which of {sorted(classes or _VIDEO)} or which other class it is")
     if classes and kinds[0] not in classes: raise ValueError(f"backbone {name!r} holds a {kinds[0]}: choose one of {sorted(classes)}")
     cls = (classes or _VIDEO).get(kinds[0])
@@ -234,6 +243,10 @@ def _load(name, classes=None, prefix="", **changes):
     if any(wrong.values()):
         first = "; ".join(f"{len(v)} {k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items() if v)
         raise ValueError(f"the weights of backbone {name!r} do not match its config.json ({first}): nothing is filled in at random; fetch the folder again")
+    odd = sorted(n for n, p in model.named_parameters() if not p.isfinite().all())
+    if odd:
+        raise ValueError(f"the weights of backbone {name!r} are no finite numbers ({len(odd)} tensors: {', '.join(odd[:3])}): "
+                         "they are of a training that diverged, or were cut to half precision; fetch the folder again")
     return getattr(model, prefix, model).eval()
 
 # %% ../nbs/lib/08_models.ipynb #eecc2668
@@ -1022,6 +1035,8 @@ def check_frames_folder(folder: str) -> Path:
         raise ValueError(
             f"save_frames {folder!r} holds {', '.join(others[:3]) or 'a file'}: name a new folder for the frame encoder"
         )
+    if (place / "config.json").is_file() and "pixels" not in load(place / "config.json"):
+        raise ValueError(f"save_frames {folder!r} holds a model that was not written there by a run: name a new folder")
     return place
 
 
