@@ -232,7 +232,8 @@ def _read_metadata(tree) -> pd.DataFrame:
     raw = read_table((tree/name).read_bytes(), name)
     lacking = [c for c in _COLUMNS if c not in raw]
     if lacking: _refuse(tree, [f"all_metadata.csv lacks the columns {lacking}: it has {list(raw)}"])
-    video, frame = (numbers(raw, c, name, whole=True, low=0) for c in ("vid", "frame"))
+    highest = dict(vid=9e12, frame=999_999)                        # that an id of both has room for, see `_ids`
+    video, frame = (numbers(raw, c, name, whole=True, low=0, high=high) for c, high in highest.items())
     frames = pd.DataFrame(dict(video=video, frame=frame))
     frames["key"] = words(raw, "is_ds_keyframe", name, _FLAGS) == "True"
     for criterion in _C:

@@ -91,7 +91,7 @@ def test_missing_labels_and_votes(tree):
     assert frames["c1"].notna().all() and frames.loc[frames["video"] == 1, "r2_c1"].isna().all() and frames.query("video == 2 and key")["r2_c3"].item() == 1
 
 
-@pytest.mark.parametrize("column, value, said", [("C2", "0.3x", "row 3 '0.3x'"), ("vid", "1.5", "row 3 '1.5'"), ("frame", "n/a", "row 3 'n/a'"), ("C1", "1,2,3", "row 3 '1,2,3'"),
+@pytest.mark.parametrize("column, value, said", [("C2", "0.3x", "row 3 '0.3x'"), ("frame", "1000025", "row 3 '1000025'"), ("vid", "20230115123456", "row 3 '20230115123456'"), ("vid", "1.5", "row 3 '1.5'"), ("frame", "n/a", "row 3 'n/a'"), ("C1", "1,2,3", "row 3 '1,2,3'"),
                                                  ("is_ds_keyframe", "perhaps", "row 3 'perhaps'"), ("frame", "-25", "row 3 '-25'"), ("frame", "1,250", "row 3 '1,250'")])
 def test_a_wrong_value_is_named_with_file_column_and_row(tree, column, value, said):
     edit(tree, lambda d: d.assign(**{column: [value if i == 1 else v for i, v in enumerate(d[column].astype(object))]}))
