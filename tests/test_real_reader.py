@@ -231,6 +231,17 @@ def test_what_else_is_odd_in_a_tree(tree):
     assert "COCO file against table" in odd.index
 
 
+@pytest.mark.parametrize("column, how", [("C2", lambda v: 1 - v), ("cvs_annotator_2", lambda v: v if v != v else "[1, 1, 1]" if v == "[0, 0, 0]" else "[0, 0, 0]")])
+def test_labels_that_are_not_the_mean_of_the_votes_are_counted(tree, column, how):
+    change_all = rewrite(**{column: how})
+    change_all(tree/"all_metadata.csv")
+    frames = read_frames(tree).query("key")
+    odd = irregularities(tree).set_index("what").loc["labels that are not the mean of the votes"]
+    means = {c: frames[[f"r{k}_{c}" for k in (1, 2, 3)]].mean(axis=1) for c in ("c1", "c2", "c3")}
+    wrong = np.any([(means[c] - frames[c]).abs() > .01 for c in means], axis=0)
+    assert wrong.any() and odd["count"] == wrong.sum() and odd["where"] == "all_metadata.csv"
+
+
 def test_the_demo_has_nothing_odd(tmp_path, monkeypatch):
     monkeypatch.setenv("CVSLAB_CACHE", str(tmp_path/"cache"))
     tree = draw_endoscapes(tmp_path/"tree", videos=(3, 1, 1), seconds=(20, 22), size=(40, 24), workers=1)
