@@ -274,7 +274,9 @@ def numbers(
     good = (plain.str.fullmatch(_NUMBER) & ~mixed | comma) & ~gone
     value = pd.Series(np.nan, text.index, name=column)
     value[good] = plain[good].str.replace(",", ".").astype(float)
-    fits = good & np.isfinite(value) & value.between(low, high) & ((value % 1 == 0) if whole else True)
+    fits = good & np.isfinite(value) & value.between(low, high)
+    if whole:
+        fits &= (value % 1 == 0) & (value.abs() < 2**53)               # beyond, a float skips whole numbers
     if not (fits | gone).all():
         limits = f" from {low:g} to {high:g}" if np.isfinite([low, high]).any() else ""
         needed = f"a {'whole ' * whole}number{limits}" + ", n/a where there is none" * missing

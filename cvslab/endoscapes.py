@@ -232,7 +232,8 @@ def _read_metadata(tree) -> pd.DataFrame:
     raw = read_table((tree/name).read_bytes(), name)
     lacking = [c for c in _COLUMNS if c not in raw]
     if lacking: _refuse(tree, [f"all_metadata.csv lacks the columns {lacking}: it has {list(raw)}"])
-    video, frame = (numbers(raw, c, name, whole=True, low=0) for c in ("vid", "frame"))
+    highest = dict(vid=9e12, frame=999_999)                        # that an id of both has room for, see `_ids`
+    video, frame = (numbers(raw, c, name, whole=True, low=0, high=high) for c, high in highest.items())
     frames = pd.DataFrame(dict(video=video, frame=frame))
     frames["key"] = words(raw, "is_ds_keyframe", name, _FLAGS) == "True"
     for criterion in _C:
@@ -1093,13 +1094,20 @@ def _coco_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
     return rows
 
 def _frame_rows(tree: Path, frames: pd.DataFrame) -> list[tuple]:
-    "Gaps between the frames of a video, and videos that are listed and have none."
+    "Gaps between frames, labels that are not the mean of the votes, videos without frames, and black frames."
     rows, gap = [], frames.groupby("video")["seconds"].diff()
     wide = frames[(gap - 1).abs() > .01]
     if len(wide):
         where = _some(f"{g:g} s before {v}_{f}" for g, v, f in zip(gap[wide.index], wide["video"], wide["frame"]))
         what = "a clip counts frames, and spans another time there"
         rows.append(("frames that are not a second apart", "all_metadata.csv", len(wide), where, what))
+    voted = frames[frames["key"] & frames[_VOTES].notna().all(axis=1)]
+    means = voted[_VOTES].to_numpy().reshape(-1, 3, 3).mean(axis=1)              # frame, rater, criterion
+    other = voted[~np.isclose(means, voted[_C], atol=.01).all(axis=1)]
+    if len(other):
+        what = "C1, C2 and C3 are what counts here; labels of a single rater are refused on these frames"
+        where, by = "all_metadata.csv", _some(other["path"])
+        rows.append(("labels that are not the mean of the votes", where, len(other), by, what))
     empty = sorted(set(_read_splits(tree)) - set(frames["video"]))
     if empty:
         what = "listed in a split, and absent from all_metadata.csv"

@@ -211,6 +211,12 @@ def plan(
             if job is None: continue
             twin = jobs.setdefault((notebook, name), job)
             if twin.params != job.params: problems.append(f"{job.source} and {twin.source} both make {rel(job.dir)}, with other parameters")
+    written = {}
+    for job in jobs.values():
+        place = job.params.get("save_frames")
+        if place and written.setdefault(local(place), job) is not job:
+            problems.append(f"{rel(job.dir)} and {rel(written[local(place)].dir)} both write save_frames={place!r}, the later one "
+                            "over the other: give each a folder of its own")
     if not jobs and not problems: problems.append("no file was given")
     if problems: raise ParameterError("\n".join([f"{len(problems)} problems, so nothing was started:", *dict.fromkeys(problems)]))
     return list(jobs.values())

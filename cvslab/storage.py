@@ -107,6 +107,9 @@ def _wrong_name(name: str) -> str:
     return ""
 
 def _local_place(url: str) -> str:
+    bare = url.strip(" \t\r\n\"'")
+    if bare != url and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", bare):
+        raise ValueError(f"{url!r} stands in quotes or blanks, and would be a folder of that name: take them off")
     if re.match(r"(s3|gs):", url):
         raise ValueError(f"{url!r} is no URL of a bucket: write {url.partition(':')[0]}://bucket/prefix")
     return url.rstrip("/") or url

@@ -262,6 +262,8 @@ def test_a_broken_grid_stops_the_run(knob, scratch, monkeypatch):
     [
         (dict(grid_decay=[]), "grid_lr and grid_decay are the two sides"),
         (dict(grid_lr=[]), "grid_lr and grid_decay are the two sides"),
+        (dict(grid_lr=[1e-3, 3e-4, 1e-3]), "has a value twice"),
+        (dict(grid_decay=[0.1, 0.1]), "has a value twice"),
         (dict(pooler="attention"), "pass -p pooler official"),
         (dict(pooler="official_mlp"), "pass -p pooler official"),
         (dict(rank=8), "pass -p rank 0"),

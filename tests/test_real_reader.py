@@ -91,7 +91,7 @@ def test_missing_labels_and_votes(tree):
     assert frames["c1"].notna().all() and frames.loc[frames["video"] == 1, "r2_c1"].isna().all() and frames.query("video == 2 and key")["r2_c3"].item() == 1
 
 
-@pytest.mark.parametrize("column, value, said", [("C2", "0.3x", "row 3 '0.3x'"), ("vid", "1.5", "row 3 '1.5'"), ("frame", "n/a", "row 3 'n/a'"), ("C1", "1,2,3", "row 3 '1,2,3'"),
+@pytest.mark.parametrize("column, value, said", [("C2", "0.3x", "row 3 '0.3x'"), ("frame", "1000025", "row 3 '1000025'"), ("vid", "20230115123456", "row 3 '20230115123456'"), ("vid", "1.5", "row 3 '1.5'"), ("frame", "n/a", "row 3 'n/a'"), ("C1", "1,2,3", "row 3 '1,2,3'"),
                                                  ("is_ds_keyframe", "perhaps", "row 3 'perhaps'"), ("frame", "-25", "row 3 '-25'"), ("frame", "1,250", "row 3 '1,250'")])
 def test_a_wrong_value_is_named_with_file_column_and_row(tree, column, value, said):
     edit(tree, lambda d: d.assign(**{column: [value if i == 1 else v for i, v in enumerate(d[column].astype(object))]}))
@@ -229,6 +229,17 @@ def test_what_else_is_odd_in_a_tree(tree):
     assert odd.loc["videos without frames", "examples"] == "77" and odd.loc["frames that are not a second apart", "examples"] == "2 s before 1_150"
     assert odd.loc["masks of no frame", "examples"] == "9_175" and odd.loc["COCO file against table", "where"].tolist() == ["train/annotation_coco_vid.json", "val/annotation_coco_vid.json"]
     assert "COCO file against table" in odd.index
+
+
+@pytest.mark.parametrize("column, how", [("C2", lambda v: 1 - v), ("cvs_annotator_2", lambda v: v if v != v else "[1, 1, 1]" if v == "[0, 0, 0]" else "[0, 0, 0]")])
+def test_labels_that_are_not_the_mean_of_the_votes_are_counted(tree, column, how):
+    change_all = rewrite(**{column: how})
+    change_all(tree/"all_metadata.csv")
+    frames = read_frames(tree).query("key")
+    odd = irregularities(tree).set_index("what").loc["labels that are not the mean of the votes"]
+    means = {c: frames[[f"r{k}_{c}" for k in (1, 2, 3)]].mean(axis=1) for c in ("c1", "c2", "c3")}
+    wrong = np.any([(means[c] - frames[c]).abs() > .01 for c in means], axis=0)
+    assert wrong.any() and odd["count"] == wrong.sum() and odd["where"] == "all_metadata.csv"
 
 
 def test_the_demo_has_nothing_odd(tmp_path, monkeypatch):

@@ -121,7 +121,8 @@ def test_each_refusal_names_its_reason(server, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3:///", "s3:///data/v2", "s3://eyes//data", "s3://eyes/data//v2", "s3:/eyes/data", "s3:eyes", "gs://", "gs:///x", "s3://ey es/data",
-                                 "s3://eyes/da\nta", "s3://eyes/data\r", "s3://eyes/\x07", "s3://eyes/'data'", 's3://"eyes/data"', "s3://ey:es/data"])
+                                 "s3://eyes/da\nta", "s3://eyes/data\r", "s3://eyes/\x07", "s3://eyes/'data'", 's3://"eyes/data"', "s3://ey:es/data",
+                                 "'s3://eyes/data'", '"s3://eyes/data"', " s3://eyes/data", "\n's3://eyes'", '"gs://eyes/data"'])
 def test_a_url_that_names_no_place_is_refused_before_anything_is_asked(server, store, url, monkeypatch):
     with pytest.raises(ValueError, match=r"names no bucket|empty part|no URL of a bucket|control character|stands in quotes"): Store(url)
     monkeypatch.setenv("CVSLAB_MIRROR", url)

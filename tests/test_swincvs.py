@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from pages import Toy, run_page, small, toy_run
 from transformers import Swinv2Config, Swinv2Model
 
-from cvslab import models, training
+from cvslab import models, runner, training
 from cvslab.core import ParameterError
 from cvslab.demo import draw_endoscapes
 from cvslab.objectives import LossTerm, bce
@@ -202,6 +203,8 @@ def test_scaled_half_precision_is_proven_by_value(scratch, monkeypatch):
         (dict(arm="hybrid"), "leave auxiliary out"),
         (dict(arm="hybrid", auxiliary=[], save_frames="weights/x"), "no whole SwinV2"),
         (dict(train_frames=False, save_frames="weights/x"), "a frozen SwinV2 is the one it was"),
+        (dict(frames="weights/x", save_frames="weights/x"), "the folder that frames is read from"),
+        (dict(frames="./weights/x", save_frames="weights/x"), "the folder that frames is read from"),
         (dict(pixels="bgr"), "Input should be 'imagenet' or 'swincvs'"),
         (dict(reported="first"), "Input should be 'best' or 'last'"),
         (dict(auxiliary=[1.2]), "less than or equal to 1"),
@@ -218,6 +221,17 @@ def test_a_folder_of_something_else_is_not_written_over(scratch, monkeypatch):
     (scratch / "notes/mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="save_frames 'notes' holds mine.txt"):
         begun(scratch, save_frames="notes")
+    shutil.copytree(models.DEMO_BACKBONE, scratch / "weights/jepa", ignore=shutil.ignore_patterns("README.md"))
+    with pytest.raises(ValueError, match="save_frames 'weights/jepa' holds a model that was not written there by a run"):
+        begun(scratch, save_frames="weights/jepa")
+
+
+def test_runs_of_a_study_that_would_write_one_folder_are_refused():
+    file, here = "14.swincvs_frames.yaml", dict(data="demo", frames="demo")
+    with pytest.raises(ParameterError, match="-s1 and .*-s0 both write save_frames='weights/swincvs_frames'"):
+        runner.plan([file], seeds=(0, 1), values=here)
+    assert len(runner.plan([file], seeds=(0,), values=here)) == 1
+    assert len(runner.plan([file], seeds=(0, 1), values=here | dict(save_frames=""))) == 2
 
 
 # the two stages --------------------------------------------------------------------------------------------------------------

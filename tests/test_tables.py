@@ -64,7 +64,7 @@ def test_what_is_uncertain_is_refused_by_name(data, words):
     (["57,5", "0,0026", "0,125", "1234,567", "12,3456"], [57.5, .0026, .125, 1234.567, 12.3456], {}),
     (["57", "n/a", "NA", "nan", "", "N/A", "<NA>", "Not reported", "-"], [57] + 8 * [np.nan], dict(missing=True)),
     (["89+", "> 89", ">=90", "<40", "≥ 89", "89 +", "57"], [89, 89, 90, 40, 89, 89, 57], dict(bounds=True)),
-    (["128", "128.0", "1e2"], [128, 128, 100], dict(whole=True)), (["0", "120"], [0, 120], dict(low=0, high=120)),
+    (["128", "128.0", "1e2"], [128, 128, 100], dict(whole=True)), (["9007199254740991"], [2**53 - 1], dict(whole=True)), (["0", "120"], [0, 120], dict(low=0, high=120)),
     (["89+", "n/a", "57,5"], [89, np.nan, 57.5], dict(bounds=True, missing=True))])
 def test_numbers_of_certain_meaning(values, wanted, how):
     found = numbers(column(*values), "age", "people.tsv", **how)
@@ -75,7 +75,7 @@ def test_numbers_of_certain_meaning(values, wanted, how):
 @pytest.mark.parametrize("value, how", [
     ("n/a", {}), ("", {}), ("nan", {}), ("89+", {}), (">89", {}), ("1,234", {}), ("12,345", {}), ("1,234.5", {}), ("1.234,5", {}), ("1,2,3", {}), ("1_000", {}),
     ("inf", {}), ("-Infinity", {}), ("1e999", {}), ("٥٧", {}), ("57 y", {}), ("40-49", {}), ("0x10", {}), ("1.2.3", {}), ("fifty", dict(missing=True)),
-    ("5<6", dict(bounds=True)), ("57.5", dict(whole=True)), ("999", dict(low=0, high=120)), ("-1", dict(low=0, high=120)), ("1 234", {}), ("TRUE", {})])
+    ("5<6", dict(bounds=True)), ("57.5", dict(whole=True)), ("1e20", dict(whole=True)), ("9007199254740993", dict(whole=True)), ("999", dict(low=0, high=120)), ("-1", dict(low=0, high=120)), ("1 234", {}), ("TRUE", {})])
 def test_other_numbers_are_refused_with_file_column_row_and_value(value, how):
     with pytest.raises(ValueError) as caught: numbers(column("57", value, "58", value), "age", "people.tsv", **how)
     assert str(caught.value).startswith(f"people.tsv, column 'age': row 3 {value!r}, row 5 {value!r}: a ")

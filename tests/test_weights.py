@@ -86,6 +86,26 @@ def test_broken_weights_of_a_folder_are_named_by_everything_that_meets_them(fold
     (folder/"model.safetensors").write_bytes(break_it((folder/"model.safetensors").read_bytes()))
     named_everywhere(folder, f"model.safetensors of backbone .* is .*{words}", ValueError)
 
+@pytest.mark.parametrize("dtype, said", [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_quantised_weights_are_named_by_everything_that_meets_them(folder, dtype, said):
+    state = load_file(folder/"model.safetensors")
+    save_file(state | {k: v.to(dtype) for k, v in state.items() if k.endswith("query.weight")}, folder/"model.safetensors", dict(format="pt"))
+    named_everywhere(folder, f"model.safetensors of backbone .* is quantised: it holds weights of the type {said},", ValueError)
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precision_are_read(folder, dtype):
+    state = load_file(folder/"model.safetensors")
+    save_file({k: v.to(dtype) for k, v in state.items()}, folder/"model.safetensors", dict(format="pt"))
+    assert {p.dtype for p in models.load_backbone(str(folder)).parameters()} == {torch.float32}
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_finite_numbers_are_named(folder, value):
+    state = load_file(folder/"model.safetensors")
+    name = next(k for k in state if k.endswith("layer.1.mlp.fc1.bias"))
+    state[name][3] = value
+    save_file(state, folder/"model.safetensors", dict(format="pt"))
+    with pytest.raises(ValueError, match=f"backbone .* are no finite numbers .1 tensors: {name}"): models.load_backbone(str(folder))
+
 @pytest.mark.parametrize("form", ["empty", "pointer", "page", "text", "half", "gzip"])
 def test_a_broken_config_is_named(folder, form):
     (folder/"config.json").write_bytes(BROKEN[form][0]((folder/"config.json").read_bytes()))
@@ -97,6 +117,7 @@ def change(folder, **values):
 
 @pytest.mark.parametrize("values, words", [
     (dict(architectures=None), "names no `architectures`.*VJEPA2Model"), (dict(architectures=[]), "names no `architectures`"),
+    (dict(architectures="VJEPA2Model"), "a list of class names is needed"), (dict(architectures=[3]), "a list of class names is needed"),
     (dict(architectures=["BertModel"]), "holds a BertModel, which reads input_ids and no pixels"), (dict(hidden_size="wide"), "config.json of backbone .* is not that of VJEPA2Model")])
 def test_a_config_of_something_else_is_named(folder, values, words):
     change(folder, **values)
