@@ -430,6 +430,22 @@ def _predictor(content, path, told, newer) -> tuple[str, dict, dict, str]:
     )
 
 
+def _faults(wanted: dict, there: dict[str, Tensor], shown=str) -> str:
+    "What of the tensors `there` is not as `wanted`, name -> shape; `shown` is what a name is called. Nothing where all is."
+    both = [n for n in wanted if n in there]
+    wrong = {
+        "missing": [shown(n) for n in wanted if n not in there],
+        "left over": [shown(n) for n in there if n not in wanted],
+        "of another shape": [
+            f"{shown(n)} {list(there[n].shape)} for {list(wanted[n])}"
+            for n in both
+            if tuple(there[n].shape) != tuple(wanted[n])
+        ],
+        "of whole numbers": [f"{shown(n)} {there[n].dtype}" for n in both if not there[n].is_floating_point()],
+    }
+    return "; ".join(f"{len(names)} {how}: {', '.join(names[:4])}" for how, names in wrong.items() if names)
+
+
 def _account(found: Checkpoint):
     "`ValueError` unless exactly the tensors of the model are there, in their shapes; those of `LEFT_OUT` are taken out."
     with torch.device("meta"):
@@ -439,18 +455,7 @@ def _account(found: Checkpoint):
     for part in (found.encoder, found.predictor):
         for name in [n for n in part if n.removeprefix("predictor_") in LEFT_OUT]:
             found.card["left_out"][name], _ = LEFT_OUT[name.removeprefix("predictor_")], part.pop(name)
-    there = found.encoder | found.predictor
-    wrong = {
-        "missing": [prefix[n] + n for n in wanted if n not in there],
-        "left over": [n for n in there if n not in wanted],
-        "of another shape": [
-            f"{prefix[n]}{n} {list(there[n].shape)} for {list(s)}"
-            for n, s in wanted.items()
-            if n in there and tuple(there[n].shape) != s
-        ],
-    }
-    said = "; ".join(f"{len(names)} {how}: {', '.join(names[:4])}" for how, names in wrong.items() if names)
-    if said:
+    if said := _faults(wanted, found.encoder | found.predictor, lambda n: prefix.get(n, "") + n):
         raise ValueError(
             f"{rel(found.path)} does not hold the {found.card['format']} of {found.config.num_hidden_layers} blocks that its names tell of ({said}): "
             "nothing is filled in or dropped; fetch the file again, or choose another part of it by `which`"
@@ -575,6 +580,9 @@ def to_folder(file, folder, encoder_only: bool = False, **told) -> dict:
         if rest:
             save_file(_apart(rest), tmp / "rest.safetensors", dict(format="pt"))
         save(tmp / "checkpoint.json", dict(card=found.card | dict(prefix=found.prefix), content=sketch))
+        said = found.path.with_name("README.md")
+        if said.is_file() and said.read_bytes().startswith(b"---"):  # licence and training data go with the weights
+            shutil.copyfile(said, tmp / "README.md")
         os.replace(tmp, folder)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -593,11 +601,19 @@ def to_file(folder, file) -> dict:
         raise FileNotFoundError(
             f"{rel(folder)} has no model.safetensors: give a folder that `save_pretrained` or cvslab-convert wrote"
         )
-    state = {name: t for part in parts for name, t in load_file(part).items()}
-    state = to_meta(
-        {n.removeprefix("vjepa2."): t for n, t in state.items()},
-        AutoConfig.from_pretrained(folder).model_type == VJEPA21Config.model_type,
-    )
+    state = {name.removeprefix("vjepa2."): t for part in parts for name, t in load_file(part).items()}
+    config = AutoConfig.from_pretrained(folder)
+    newer = config.model_type == VJEPA21Config.model_type
+    for name in state:
+        meta_name(name, newer)
+    kinds = {kind.__name__: kind for kind in (VJEPA21Model, VJEPA2EncoderModel)}
+    with torch.device("meta"):
+        model = kinds.get((config.architectures or [""])[0], VJEPA2Model)(config)
+    if said := _faults({n: t.shape for n, t in model.state_dict().items()}, state):
+        raise ValueError(
+            f"{rel(folder)} does not hold the tensors of the {type(model).__name__} that its config.json tells of ({said}): convert the file again"
+        )
+    state = to_meta(state, newer)
     predictor = {n: state.pop(n) for n in [n for n in state if n.startswith(("predictor_", "mask_tokens."))]}
     note = folder / "checkpoint.json"
     if note.is_file():
@@ -614,6 +630,7 @@ def to_file(folder, file) -> dict:
             for k, tensors in (("encoder", state), ("predictor", predictor))
             if tensors
         }
+    file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f".{file.stem}.{os.getpid()}.tmp{file.suffix}")
     try:
         torch.save(content, tmp)

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'ANATOMY', 'LEAST', 'NOT_COMPARED', 'Blocks', 'draw_blocks',
            'skill', 'following', 'Along', 'along_proof', 'guided', 'anatomy_map', 'target_proof', 'start_proof',
            'blocks_proof', 'guide_proof', 'hold_out', 'random_backbone', 'join', 'video_proof', 'hold_out_proof',
            'effective_rank', 'rankme', 'spread', 'along_table', 'beside', 'blocks_figure', 'skill_figure',
-           'along_figure', 'save_card']
+           'along_figure', 'leakage_proof', 'save_card']
 
 # %% ../nbs/lib/11d_pretraining.ipynb #81b3ef2e
 import copy
@@ -30,6 +30,7 @@ from .core import MACHINE, Proof, Run, derive_seed, load, main_process, save
 from .encoders import Encoder
 from .endoscapes import ClipDataset
 from .models import Normalise, backbone_cards, build_model, load_backbone
+from .provenance import leakage_of
 
 # %% ../nbs/lib/11d_pretraining.ipynb #9a58b716
 @dataclass(frozen=True)
@@ -382,6 +383,14 @@ def _lineage(run: Run) -> dict:
     [base] = backbone_cards(run.params["backbone"])
     unknown = [] if base["datasets"] else [run.params["backbone"]]
     return dict(license=base["license"], datasets=list(dict.fromkeys([*base["datasets"], *own])), base_model=[*base["base_model"], *unknown])
+
+def leakage_proof(run: Run) -> Proof:
+    "Proof, before anything is trained, that the backbone `run` will make has seen no video of the split its probes report, or that `leakage` allows it."
+    lineage, evaluated, split, asked = _lineage(run), run.data.get("dataset", "Endoscapes"), run.params["split"], run.params["leakage"]
+    verdict = leakage_of(lineage["datasets"], evaluated, split, lineage["base_model"])
+    refused = verdict.state == "leak" and asked != "allow"
+    advice = ". Report another split, or pass -p leakage allow: it then runs and is marked" if refused else ""
+    return Proof("leakage", f"{asked} a backbone that has seen videos of {evaluated} {split}", f"it will be {verdict.state}: {'; '.join(verdict.reasons)}{advice}", not refused)
 
 def save_card(folder: Path, run: Run, history: pd.DataFrame) -> Path:
     "Write the model card of a pretrained backbone: what it was trained on, how, and what it must not be taken for; its header is what `read_card` reads."

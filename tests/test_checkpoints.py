@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import VJEPA2Config, VJEPA2ForVideoClassification, VJEPA2Model
 
 from cvslab import checkpoints, models, runner, vjepa
@@ -275,12 +275,42 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as done: main(["--help"])
     assert done.value.code == 0 and "attention heads" in capsys.readouterr().out
 
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("name, change, words", [
+    ("encoder.layer.0.norm1.weight", lambda t: t[:5], r"1 of another shape: encoder.layer.0.norm1.weight \[5\] for \[48\]"),
+    ("encoder.layer.1.attention.key.weight", lambda t: None, "1 missing: encoder.layer.1.attention.key.weight"),
+    ("encoder.layer.1.attention.value.bias", lambda t: torch.cat([t, t]), "1 of another shape: encoder.layer.1.attention.value.bias"),
+    ("encoder.layer.7.norm1.weight", lambda t: torch.ones(48), "1 left over: encoder.layer.7.norm1.weight"),
+    ("encoder.layernorm.bias", lambda t: t.to(torch.int8), "1 of whole numbers: encoder.layernorm.bias torch.int8")])
+def test_each_fault_of_a_folder_is_named_on_the_way_back(tmp_path, name, change, words, noted):
+    to_folder(put(tmp_path/"x.pt", target_encoder=meta(encoder())), tmp_path/"x", heads=4)
+    if not noted: (tmp_path/"x/checkpoint.json").unlink()
+    state = load_file(tmp_path/"x/model.safetensors")
+    state[name] = change(state.get(name))
+    save_file({n: t.contiguous() for n, t in state.items() if t is not None}, tmp_path/"x/model.safetensors", dict(format="pt"))
+    with pytest.raises(ValueError, match=words): to_file(tmp_path/"x", tmp_path/"y.pt")
+    assert not (tmp_path/"y.pt").exists()
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    state = meta(encoder())
+    state["module.backbone.blocks.0.norm1.weight"] = state["module.backbone.blocks.0.norm1.weight"].to(torch.int8)
+    with pytest.raises(ValueError, match=r"1 of whole numbers: module.backbone.blocks.0.norm1.weight torch.int8"): load_checkpoint(put(tmp_path/"x.pt", encoder=state), heads=4)
+
+def test_the_folder_keeps_the_card_beside_the_file_and_folders_are_made(tmp_path):
+    (tmp_path/"weights").mkdir()
+    file = put(tmp_path/"weights/x.pt", target_encoder=meta(encoder()))
+    (tmp_path/"weights/README.md").write_text("---\nlicense: mit\ndatasets: [cholec80]\n---\n")
+    to_folder(file, tmp_path/"a/b/x", heads=4)
+    [beside], [inside] = models.backbone_cards(str(file)), models.backbone_cards(str(tmp_path/"a/b/x"))
+    assert inside["datasets"] == beside["datasets"] == ["cholec80"] and inside["license"] == "mit"
+    to_file(tmp_path/"a/b/x", tmp_path/"c/d/y.pt")
+    same(torch.load(tmp_path/"c/d/y.pt"), torch.load(file))
+
 def test_a_folder_that_lost_a_tensor_is_refused_on_the_way_back(tmp_path):
     to_folder(put(tmp_path/"x.pt", target_encoder=meta(encoder())), tmp_path/"x", heads=4)
-    from safetensors.torch import load_file
     state = load_file(tmp_path/"x/model.safetensors")
     del state["encoder.layernorm.weight"]
     save_file(state, tmp_path/"x/model.safetensors", dict(format="pt"))
-    with pytest.raises(ValueError, match="norm.weight.*not there"): to_file(tmp_path/"x", tmp_path/"y.pt")
+    with pytest.raises(ValueError, match="1 missing: encoder.layernorm.weight"): to_file(tmp_path/"x", tmp_path/"y.pt")
     with pytest.raises(ValueError, match="1 missing keys: encoder.layernorm.weight"): models.load_backbone(str(tmp_path/"x"))
     assert json.loads((tmp_path/"x/config.json").read_text())["architectures"] == ["VJEPA2EncoderModel"]

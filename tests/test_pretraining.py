@@ -1,5 +1,6 @@
 "Pretraining judged: the rank of features against known numbers, probes along the way, what the saved card says, and rates side by side."
 import math, shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,16 @@ def test_a_file_with_its_predictor_is_pretrained(tmp_path):
     (tmp_path/"x.pt.json").write_text('{"heads": 2, "pred_heads": 2, "size": 64}')
     model = Pretrainer(models.load_backbone(str(tmp_path/"x.pt")))
     assert model(torch.zeros(2, 4, 3, 64, 64, dtype=torch.uint8))["logits"].isfinite().all()
+
+@pytest.mark.parametrize("trained, scratch, slips, allowed, state", [
+    ("cholec80", False, [], "refuse", "leak"), ("cholec80", False, [], "allow", "leak"), ("cholec80", True, [], "refuse", "clean"), ("imagenet", False, [], "refuse", "clean"),
+    ("imagenet", False, ["val_frames"], "refuse", "leak"), ("imagenet", True, ["val_frames"], "allow", "leak")])
+def test_leakage_is_refused_before_anything_is_pretrained(tmp_path, trained, scratch, slips, allowed, state):
+    shutil.copytree(models.DEMO_BACKBONE, tmp_path/"x")
+    (tmp_path/"x/README.md").write_text(f"---\ndatasets: [{trained}]\n---\n")
+    run = SimpleNamespace(data=dict(dataset="Endoscapes"), demo=False, params=dict(slips=slips, from_scratch=scratch, backbone=str(tmp_path/"x"), split="val", leakage=allowed))
+    proof = pretraining.leakage_proof(run)
+    assert f"it will be {state}" in proof.seen and proof.turned == (state == "clean" or allowed == "allow") == ("-p leakage allow" not in proof.seen)
 
 def test_drawn_weights_have_seen_nothing(tmp_path):
     card = read_card(random_backbone("demo", 0, tmp_path/"x"))
