@@ -223,7 +223,7 @@ class Cohort:
     table: pd.DataFrame     # a row a participant: who, and the chosen volume
     lost: pd.DataFrame      # participant, split, label, site, reason
     counts: pd.DataFrame    # expected against found by split, class, site, device
-    card: dict              # demo, fingerprint, place, schema, release, choice, expected, found, gigabytes, unexpected
+    card: dict              # demo, fingerprint (who and which volume, in a folder or a bucket), content (of the files), place, schema, release, choice, expected, found, gigabytes, unexpected
 
 class CohortError(ValueError):
     "Too much of a cohort is missing; `cohort` holds the tables of who and why."
@@ -263,9 +263,9 @@ def read_cohort(store: Store, choice: Choice = Choice(), max_lost: float = 0.05)
         demo = False
     if store.local:
         table["etag"] = list(contents(store.url, table["key"]).values())      # what each file holds, wherever it lies
-    identity = table[["participant", "split", "label", "key", "etag"]].values.tolist()
+    identity = [table[["participant", "split", "label", "key"]].values.tolist(), [int(s) for s in table["size"]]]
     release = next((r for r, known in RELEASES.items() if known == (len(people), len(expected))), "none of the published")
-    card = dict(demo=demo, fingerprint=digest(identity, 12), place=place["place"], schema=version, release=release, choice=asdict(choice),
+    card = dict(demo=demo, fingerprint=digest(identity, 12), content=digest(table["etag"].tolist(), 12), place=place["place"], schema=version, release=release, choice=asdict(choice),
                 expected=len(expected), found=len(table), gigabytes=round(float(table["size"].sum()) / 1e9, 3),
                 unexpected=sorted(set(volumes["participant"]) - set(expected["participant"])))
     cohort = Cohort(table.astype(dict(size=int)), lost, counts, card)
