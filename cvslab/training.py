@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DTYPES', 'DEVICES', 'TRACKERS', 'CVS', 'Recipe', 'accelerator', 'Order', 'draws', 'param_groups', 'predict',
            'cvs_scores', 'cvs_predictions', 'PreflightError', 'first_batch', 'rates_proof', 'schedule_proof',
-           'loss_shares_proof', 'reported_proof', 'preflight', 'undisturbed', 'largest_micro_batch', 'estimate', 'fit',
-           'load_last', 'load_best', 'load_reported', 'load_trained', 'Task', 'report', 'describe_protocol',
-           'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
+           'clip_norm_proof', 'loss_shares_proof', 'reported_proof', 'preflight', 'undisturbed', 'largest_micro_batch',
+           'estimate', 'fit', 'load_last', 'load_best', 'load_reported', 'load_trained', 'Task', 'report',
+           'describe_protocol', 'result_table', 'difference_table', 'whole_run', 'ensemble', 'compare_with']
 
 # %% ../nbs/lib/10_training.ipynb #9295e276
 import copy, inspect, math, re, signal, threading, time
@@ -165,6 +165,11 @@ def _rate(warmup: float, total: int, floor: float, start: int, step: int) -> flo
     if done < warmup: return done / warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * min(1, (done - warmup) / max(1, left - warmup)))) / 2
 
+def _cut(optimizer, recipe):
+    "Shorten the gradient of everything that `optimizer` moves to `clip_norm`; an infinite one never."
+    if math.isfinite(recipe.clip_norm):
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
+
 def _schedule(optimizer, recipe, steps: int) -> LambdaLR:
     "The rates of `optimizer` over the epochs of `recipe`, each of `steps` steps."
     rate = partial(_rate, round(recipe.warmup_epochs*steps), recipe.epochs*steps, recipe.floor)
@@ -266,6 +271,19 @@ def schedule_proof(recipe: Recipe, items: int, warmup_epochs: float, floor: floa
     says = "constant" if floor == 1 and not warm else f"a warm-up of {warmup_epochs:g} epochs, a cosine to {floor:g} of the peak"
     words = ", ".join(f"{value:.3g} of the peak {when}" for when, value in seen.items())
     return Proof("schedule", says, f"{words} ({total} steps)", bool(np.allclose([*seen.values()], [value for _, value in asked.values()], atol=1e-6)))
+
+def clip_norm_proof(recipe: Recipe, clip_norm: float) -> Proof:
+    "Proof that the loop cuts a gradient ten times as long as `clip_norm` to that length, and leaves one of half of it alone."
+    seen = []
+    for length in (10*clip_norm, clip_norm/2):
+        weights = [torch.zeros(1, requires_grad=True) for _ in range(4)]
+        optimizer = torch.optim.SGD(weights, lr=1.)
+        for w in weights:
+            w.grad = torch.full((1,), length/2)
+        _cut(optimizer, recipe)
+        seen.append(torch.stack([w.grad for w in weights]).norm().item())
+    words = f"{seen[0]:.3g} of {10*clip_norm:g}, {seen[1]:.3g} of {clip_norm/2:g}"
+    return Proof("gradient norm", f"at most {clip_norm:g}", words, bool(np.allclose(seen, [clip_norm, clip_norm/2], rtol=1e-3)))
 
 def loss_shares_proof(recipe: Recipe, shares: Sequence[float], classes: int = 3) -> Proof:
     "Proof that in each epoch the last frame's own head has its share of the loss in `shares` (the last one stays), the logits the rest: by the gradients of both heads."
@@ -602,7 +620,7 @@ def _epoch(acc, model, loader, recipe, optimizer, schedule, scaler, total_steps)
             seen, outputs = _backward(acc, model, batch, recipe, scaler)
             if acc.sync_gradients:
                 scaler.unscale_(optimizer)
-                if math.isfinite(recipe.clip_norm): torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], recipe.clip_norm)
+                _cut(optimizer, recipe)
                 scaler.step(optimizer)
                 scaler.update()
                 schedule.step()

@@ -131,6 +131,18 @@ BROKEN = {  # knob: where it is broken, under which name, by what, and what the 
         lambda losses, lr, recipe=Recipe, **kwargs: recipe(losses, lr, **kwargs | dict(weight_decay=0.05)),
         "rates: asked backbone 1e-05, auxiliary 1e-05, head 0.001; decay 0.02; seen",
     ),
+    "gradient never cut": (
+        training,
+        "_cut",
+        lambda optimizer, recipe: None,
+        "gradient norm: asked at most 5; seen 50 of 50",
+    ),
+    "gradient cut elsewhere": (
+        training,
+        "Recipe",
+        lambda losses, lr, recipe=Recipe, **kwargs: recipe(losses, lr, **kwargs | dict(clip_norm=1.0)),
+        "gradient norm: asked at most 5; seen 1 of 50",
+    ),
     "rates fall": (training, "_schedule", cosine, "schedule: asked constant; seen 1 of the peak at first"),
     "rates warm up": (training, "_schedule", warm, "schedule: asked constant; seen 0 of the peak at first"),
     "channels in ImageNet's order": (
