@@ -27,7 +27,7 @@ def test_parameter_file_on_a_real_tree(project, weights):
     [folder] = run_folders(project, "10_lora")
     applied, metrics, params = (json.loads((folder/f"{n}.json").read_text()) for n in ("applied", "metrics", "params"))
     assert (len(applied["lora"]["modules"]), applied["lora"]["parameters"]) == lora_size(VJEPA2Config(**CONFIG), 32, "qkv") == (6, 2*3*32*2*48)
-    assert (metrics["protocol"]["split"], metrics["protocol"]["size"], metrics["selection"]["n_videos"], metrics["n_videos"]) == ("test", 32, 3, 2)
+    assert (metrics["protocol"]["split"], metrics["input"]["size"], metrics["selection"]["n_videos"], metrics["n_videos"]) == ("test", 32, 3, 2)
     assert params["params"]["lr_lora"] == 1e-4 and metrics["data"] == "demo"
     assert {p.name for p in folder.iterdir()} >= {"applied.json", "checkpoint", "environment.txt", "history.csv", "manifest.csv", "metrics.json", "params.json", "predictions.parquet"}
 
