@@ -20,7 +20,6 @@ from torch import nn
 from .core import Proof, Run, digest, seed_all
 from .features import from_tokens
 from .models import POOLERS, VideoClassifier, fingerprint
-from .objectives import LossTerm
 from .training import Recipe, _optimizer, _trained_state, _write_checkpoint, accelerator, cvs_scores, load_last
 
 # %% ../nbs/lib/10d_probes.ipynb #d83f61b9
